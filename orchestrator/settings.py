@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from orchestrator.errors import SpecError
@@ -18,39 +18,49 @@ PCA_DIMENSIONS = 64
 FOURIER_FEATURES = 512
 
 # Import paths resolved by name where a lower layer needs what a higher one wires (see docs/decisions/0002).
-ORCHESTRATOR_FACTORY = "orchestrator.launch:ensure_orchestrator"
+ORCHESTRATOR_FACTORY = "orchestrator.actor:ensure_orchestrator"
 APP_FACTORY = "orchestrator.launch:app"
+
+
+def _setting(default: Any, doc: str) -> Any:
+    """A dataclass field that carries its own documentation (unit, meaning)."""
+    return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True)
 class HealSettings:
     """Settings of one service's healing loop."""
 
-    mode: Mode = Mode.APPROVE  # how much happens without a person
-    without_labels: str = "provisional"  # "hold": never promote without labels; "provisional": contract 3.6
-    arl_instances: int = 1_000_000  # mean instances between false alarms, independent traffic
-    max_clean_loss: float = 0.03  # accuracy on the reference, weighted by the share of traffic like it
-    max_unweighted_clean_loss: float | None = None  # second cap on the unweighted loss; None: no cap
-    harm_threshold: float = 0.01  # estimated accuracy loss below which a drift is benign
-    diagnosis_instances: int = 256  # diagnose on this many instances after the onset
-    buffer_instances: int = 2000  # search on at most this many
-    min_buffer_instances: int = 256  # and on no fewer
-    buffer_wait_s: float = 30.0  # wait this long for the buffer to fill
-    search_budget_s: float = 300.0  # trials stop after this
-    num_trials: int = 6
-    trial_epochs: int = 4
-    trial_device: str = "auto"  # auto: spare GPUs, CPU where the cluster has none; cpu; cuda
-    gate_timeout_s: float = 300.0
-    canary_instances: int = 64  # served by the canary before the rest follows
-    canary_max_s: float = 60.0  # a canary without traffic is inconclusive after this
-    roll_timeout_s: float = 60.0  # every live replica must ack within this
-    bake_s: float = 5.0  # watch after the last ack
-    cooldown_s: float = 600.0  # after a verdict that changed nothing, no new episode for this long
-    approval_timeout_s: float = 7 * 86400.0
-    replica_lost_s: float = 10.0  # a replica silent for this long is gone
-    heartbeat_s: float = 0.5
-    labels: str = "all"  # labels a search may use: none, a number, all
-    seed: int = 0
+    mode: Mode = _setting(Mode.APPROVE, "how much happens without a person: observe, approve, auto")
+    without_labels: str = _setting(
+        "provisional",
+        "hold: never promote without labels; provisional: on label-free evidence, until labels confirm or revert it",
+    )
+    arl_instances: int = _setting(1_000_000, "mean instances between false alarms on independent traffic")
+    max_clean_loss: float = _setting(
+        0.03, "accuracy (0..1) lost on the reference, weighted by the share of live traffic that still looks like it"
+    )
+    max_unweighted_clean_loss: float | None = _setting(None, "cap on the same loss unweighted; None: no cap")
+    harm_threshold: float = _setting(0.01, "estimated accuracy loss (0..1) below which a drift is benign")
+    diagnosis_instances: int = _setting(256, "instances since the onset that a diagnosis needs")
+    buffer_instances: int = _setting(2000, "a search uses at most this many instances")
+    min_buffer_instances: int = _setting(256, "and no fewer than this")
+    buffer_wait_s: float = _setting(30.0, "seconds to wait for the buffer to fill before searching on what there is")
+    search_budget_s: float = _setting(300.0, "seconds after which no further epoch is trained")
+    num_trials: int = _setting(6, "trials of a search, the ones without training included")
+    trial_epochs: int = _setting(4, "epochs of a trial at most")
+    trial_device: str = _setting("auto", "auto: spare GPUs, CPU where the cluster has none; cpu; cuda")
+    gate_timeout_s: float = _setting(300.0, "seconds a gate measurement may take")
+    canary_instances: int = _setting(64, "instances the canary must serve before the rest follows")
+    canary_max_s: float = _setting(60.0, "seconds after which a canary without enough traffic is inconclusive")
+    roll_timeout_s: float = _setting(60.0, "seconds in which every live replica must ack")
+    bake_s: float = _setting(5.0, "seconds to watch after the last ack")
+    cooldown_s: float = _setting(600.0, "seconds without a new episode after a verdict that changed nothing")
+    approval_timeout_s: float = _setting(7 * 86400.0, "seconds an episode waits for a person")
+    replica_lost_s: float = _setting(10.0, "seconds of silence after which a replica counts as gone")
+    heartbeat_s: float = _setting(0.5, "seconds between the reports of a replica")
+    labels: str = _setting("all", "labels a search may use: none, a number, all")
+    seed: int = _setting(0, "seed of every random choice")
 
     def __post_init__(self) -> None:
         """Check ranges; the message names setting, rule and value."""
@@ -90,3 +100,4 @@ class ServiceConfig:
     storage: str  # URI
     base: str  # digest of the published base model
     settings: HealSettings = HealSettings()
+    deployed_s: float = 0.0  # when the application was built; the newest deployment's configuration wins

@@ -1,0 +1,36 @@
+"""Measures the base model once: its drift baseline, from the fit part of its reference.
+
+Called in a task of its own by the live orchestrator, and directly by a rehearsal.
+"""
+
+from __future__ import annotations
+
+from orchestrator.datasets import read_dataset, split_reference
+from orchestrator.drift.baseline import Baseline, fit_baseline, load_baseline, save_baseline
+from orchestrator.messages import BASE
+from orchestrator.registry import fetch_model, load_published_spec
+from orchestrator.storage import Storage, open_storage
+from tuning.base_model import build_module, collect_sample, feature_tap, resolve_device
+
+
+def prepare_base(storage: Storage | str, base: str, device: str = "auto") -> Baseline:
+    """The base's baseline; measured and stored when the storage does not hold it yet.
+
+    Raises:
+        SpecError, DataError, StorageError: the model or its reference cannot be used.
+    """
+    store = open_storage(storage) if isinstance(storage, str) else storage
+    known = load_baseline(store, base, BASE)
+    if known is not None:
+        return known
+    folder = fetch_model(store, base)
+    spec = load_published_spec(folder)
+    fit = split_reference(read_dataset(folder / "reference.parquet", spec))["fit"]
+    module = build_module(folder, spec)
+    target = resolve_device(device)
+    module.to(target)
+    tap = feature_tap(module, spec, fit.inputs[:2])
+    sample = collect_sample(module, tap, fit.inputs, target, labels=fit.labels)
+    baseline = fit_baseline(base, BASE, sample, None, None, num_channels=sample.channel_means_NC.shape[1])
+    save_baseline(store, baseline)
+    return baseline
