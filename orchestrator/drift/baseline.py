@@ -1,0 +1,339 @@
+"""What one digest's normal looks like: fitted once from samples, stored, read by probes, tests and diagnosis.
+
+An adapter knows two worlds: `normal`, the traffic it was made for, and `reference`, the world of the base. The tests
+run against normal; the reference is kept to notice when the old world returns. A swap changes the embedding, so every
+digest has its own baseline, in the coordinates of the base's.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.drift.null import SCALES, calibrate
+from orchestrator.drift.statistics import (
+    CHECKS,
+    NUM_BINS,
+    InputChecks,
+    Layout,
+    count_checks,
+    entropies,
+    fourier_features,
+    probabilities,
+    standardised_channels,
+)
+from orchestrator.errors import DataError, IntegrityError, NotFound
+from orchestrator.settings import FOURIER_FEATURES, PCA_DIMENSIONS
+
+if TYPE_CHECKING:
+    from orchestrator.storage import Storage
+
+Array = NDArray[Any]
+
+MIN_INSTANCES = 8
+BANDWIDTH_PAIRS = 4096  # random pairs behind the median heuristic
+_SEED = 20240229
+
+
+@dataclass(frozen=True)
+class Sample:
+    """N instances as one model (base or adapter) sees them; the channel and range columns as in InputChecks.
+
+    `labels_N` are true classes where known: -1 or None elsewhere.
+    """
+
+    embedding_ND: Array
+    logits_NK: Array
+    channel_means_NC: Array
+    channel_squares_NC: Array
+    input_min_N: Array
+    input_max_N: Array
+    labels_N: Array | None = None
+
+    def checks(self) -> InputChecks:
+        """The same inputs as the probe describes them; an instance counts as NaN where a channel mean is not finite."""
+        nan_N = np.asarray(~np.isfinite(self.channel_means_NC).all(axis=1), dtype=np.int64)
+        return InputChecks(self.channel_means_NC, self.channel_squares_NC, self.input_min_N, self.input_max_N, nan_N)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Arrays and numbers that describe one digest's normal traffic. Shares and means are 0..1 unless said otherwise."""
+
+    base: str
+    digest: str
+    num_classes: int
+    num_channels: int
+    center_D: Array  # of the embedding, embedding units
+    projection_DP: Array  # PCA, scaled; P <= PCA_DIMENSIONS
+    frequencies_PF: Array  # F = FOURIER_FEATURES / 2
+    normal_mean_M: Array  # features of the traffic this digest is for
+    reference_mean_M: Array  # features of the old world under this digest; equal to normal for the base
+    normal_count: int
+    reference_count: int
+    null_quantiles_SQ: Array  # of T per scale, at null.SURVIVAL_Q
+    null_tails_S: Array  # mean excess of T beyond the last quantile
+    direction_scale: float  # standard deviation, per instance, of normal features along normal -> reference
+    class_shares_K: Array  # predicted, normal
+    reference_class_shares_K: Array  # predicted, reference
+    class_means_KM: Array  # reference feature mean of each true class (predicted class where unlabelled)
+    confusion_KK: Array  # joint P(predicted i, true j) on the reference; diagonal where unlabelled
+    temperature: float  # divides logits before every softmax of the statistics
+    accuracy: float  # on the labelled reference; nan without labels
+    mean_confidence: float  # calibrated, normal
+    reference_confidence: float  # calibrated, reference
+    confidence_edges_E: Array  # NUM_BINS - 1 ascending reference quantiles
+    entropy_edges_E: Array  # nats
+    confidence_shares_B: Array  # normal
+    entropy_shares_B: Array  # normal
+    bin_accuracy_B: Array  # accuracy per confidence bin on the reference; the bin's mean confidence without labels
+    atc_threshold: float  # share of reference confidences below it = reference error; nan without labels
+    channel_mean_C: Array  # reference, input units: the origin of standardised channels
+    channel_scale_C: Array  # standard deviation over all positions, input units, > 0
+    normal_channels_3C: Array  # standardised, normal: mean of means, mean of squares, sd of means over instances
+    channel_products_P: Array  # standardised, normal: mean products of channel means
+    input_low: float  # smallest and largest value seen, with a small margin
+    input_high: float
+    check_rates: Array  # of normal, in the order of statistics.CHECKS
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of windows under this baseline."""
+        return Layout(self.num_classes, self.num_channels)
+
+
+def baseline_key(base: str, digest: str) -> str:
+    """Storage key of one digest's baseline."""
+    return f"baselines/{base}-{digest}.npz"
+
+
+def save_baseline(storage: Storage, baseline: Baseline) -> None:
+    """Write a baseline (npz without pickle); an older one of the same digest is replaced atomically."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{f.name: np.asarray(getattr(baseline, f.name)) for f in fields(baseline)})
+    storage.put(baseline_key(baseline.base, baseline.digest), buffer.getvalue())
+
+
+def load_baseline(storage: Storage, digest: str, base: str | None = None) -> Baseline | None:
+    """Read a digest's baseline, or None where there is none.
+
+    Args:
+        storage: where it was saved.
+        digest: adapter digest or `base`.
+        base: digest of the base model; None: found by listing, the only one that matches.
+
+    Raises:
+        IntegrityError: the file lacks an entry or several bases match; the message names them.
+    """
+    if base is None:
+        keys = [key for key in storage.list("baselines/") if key.endswith(f"-{digest}.npz")]
+        if len(keys) > 1:
+            raise IntegrityError(f"one baseline must match digest {digest}; got {keys}; pass base=")
+        key = keys[0] if keys else ""
+    else:
+        key = baseline_key(base, digest)
+    try:
+        data = storage.get(key) if key else None
+    except NotFound:
+        return None
+    return None if data is None else decode_baseline(data)
+
+
+def decode_baseline(data: bytes) -> Baseline:
+    """Baseline from the bytes of its npz; IntegrityError when an entry is missing or the bytes are no npz."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            values = {f.name: stored[f.name] for f in fields(Baseline)}
+    except (KeyError, ValueError, OSError) as error:
+        raise IntegrityError(f"a baseline must be an npz with all its entries; got {error}; fit it anew") from error
+    return Baseline(**{name: value if value.ndim else value.item() for name, value in values.items()})
+
+
+def fit_baseline(
+    base: str,
+    digest: str,
+    reference: Sample,
+    normal: Sample | None,
+    base_baseline: Baseline | None,
+    num_channels: int,
+) -> Baseline:
+    """Fit the baseline of one digest. Deterministic: equal samples give equal baselines.
+
+    Args:
+        base: digest of the base model.
+        digest: adapter digest, or `base`.
+        reference: the labelled old world seen through this digest, N >= 8, all outputs finite.
+        normal: traffic this digest was made for, seen through it, N >= 8; None: the reference itself.
+        base_baseline: for an adapter, the base's baseline, whose coordinates are kept; None for the base.
+        num_channels: C of the input.
+
+    Raises:
+        DataError: too few instances, non-finite embeddings or logits, or widths that differ.
+    """
+    for name, sample in (("reference", reference), ("normal", normal)):
+        if sample is not None:
+            _require_usable(name, sample, num_channels)
+    values: dict[str, Any] = {"base": base, "digest": digest, "num_channels": num_channels}
+    values["num_classes"] = reference.logits_NK.shape[1]
+    values |= _fit_coordinates(reference) if base_baseline is None else _coordinates_of(base_baseline)
+    values |= _fit_outputs(reference, normal or reference)
+    draft = Baseline(**{f.name: values.get(f.name, np.zeros(0)) for f in fields(Baseline)})
+    values |= _fit_inputs(draft, reference, normal or reference)
+    values |= _fit_features(draft, reference, normal)
+    return Baseline(**values)
+
+
+def _require_usable(name: str, sample: Sample, num_channels: int) -> None:
+    num = len(sample.logits_NK)
+    if num < MIN_INSTANCES:
+        raise DataError(f"the {name} sample must have >= {MIN_INSTANCES} instances; got {num}; add more data")
+    if not (np.isfinite(sample.embedding_ND).all() and np.isfinite(sample.logits_NK).all()):
+        raise DataError(f"the {name} sample must have finite embeddings and logits; got NaN or infinity")
+    if sample.channel_means_NC.shape[1] != num_channels:
+        raise DataError(f"the {name} sample must have {num_channels} channels; got {sample.channel_means_NC.shape[1]}")
+
+
+def _fit_coordinates(reference: Sample) -> dict[str, Any]:
+    """PCA to at most 64 whitened dimensions, and Gaussian frequencies for a kernel as wide as the median distance."""
+    rng = np.random.default_rng(_SEED)
+    embedding_ND = np.asarray(reference.embedding_ND, dtype=np.float64)
+    center_D = embedding_ND.mean(axis=0)
+    values_D, vectors_DD = np.linalg.eigh(np.atleast_2d(np.cov(embedding_ND - center_D, rowvar=False)))
+    keep = min(PCA_DIMENSIONS, len(embedding_ND) - 1, len(values_D))
+    values_P, vectors_DP = values_D[::-1][:keep], vectors_DD[:, ::-1][:, :keep]
+    used_P = values_P > max(1e-6 * values_P[0], 1e-12)
+    used_P[0] = True  # a constant embedding keeps one dimension, of zeros
+    scale_P = np.where(values_P > 1e-12, 1.0 / np.sqrt(np.maximum(values_P, 1e-12)), 0.0)[used_P]
+    projection_DP = vectors_DP[:, used_P] * scale_P
+    z_NP = (embedding_ND - center_D) @ projection_DP
+    pairs_2N = rng.integers(0, len(z_NP), size=(2, BANDWIDTH_PAIRS))
+    distance_N = np.linalg.norm(z_NP[pairs_2N[0]] - z_NP[pairs_2N[1]], axis=1)
+    width = float(np.median(distance_N[distance_N > 0])) if (distance_N > 0).any() else 1.0
+    frequencies_PF = rng.standard_normal((projection_DP.shape[1], FOURIER_FEATURES // 2)) / width
+    as32 = {"center_D": center_D, "projection_DP": projection_DP, "frequencies_PF": frequencies_PF}
+    return {name: value.astype(np.float32) for name, value in as32.items()}  # what probes compute in
+
+
+def _coordinates_of(base_baseline: Baseline) -> dict[str, Any]:
+    names = ("center_D", "projection_DP", "frequencies_PF")
+    return {name: getattr(base_baseline, name) for name in names}
+
+
+def _labelled(sample: Sample) -> tuple[Array, Array]:
+    """Labels and where they are known: int64 (N,), bool (N,)."""
+    if sample.labels_N is None:
+        labels_N = np.full(len(sample.logits_NK), -1, dtype=np.int64)
+    else:
+        labels_N = np.asarray(sample.labels_N, dtype=np.int64)
+    return labels_N, labels_N >= 0
+
+
+def fit_temperature(logits_NK: Array, labels_N: Array) -> float:
+    """Temperature of least negative log likelihood among 121 in [0.1, 10]; 1.0 without labels.
+
+    Source: Guo et al. 2017, On calibration of modern neural networks.
+    """
+    if len(labels_N) == 0:
+        return 1.0
+    candidates = np.geomspace(0.1, 10.0, 121)
+    rows = np.arange(len(labels_N))
+    losses = [-np.log(np.maximum(probabilities(logits_NK, t)[rows, labels_N], 1e-12)).mean() for t in candidates]
+    return float(candidates[int(np.argmin(losses))])
+
+
+def _fit_outputs(reference: Sample, normal: Sample) -> dict[str, Any]:
+    """Class shares, confusion, calibration and histogram edges."""
+    labels_N, known_N = _labelled(reference)
+    num_classes = reference.logits_NK.shape[1]
+    temperature = fit_temperature(reference.logits_NK[known_N], labels_N[known_N])
+    probs_NK = probabilities(reference.logits_NK, temperature)
+    predicted_N, confidence_N = probs_NK.argmax(axis=1), probs_NK.max(axis=1)
+    truth_N = np.where(known_N, labels_N, predicted_N)
+    confusion_KK = np.zeros((num_classes, num_classes))
+    np.add.at(confusion_KK, (predicted_N, truth_N), 1.0 / len(truth_N))
+    accuracy = float((predicted_N == labels_N)[known_N].mean()) if known_N.any() else float("nan")
+    grid = np.arange(1, NUM_BINS) / NUM_BINS
+    edges_E = np.quantile(confidence_N, grid)
+    atc = float("nan")
+    if known_N.any():  # the nearest edge moves onto the threshold, so that histograms give its share exactly
+        atc = float(np.quantile(confidence_N, 1.0 - accuracy))
+        edges_E[int(np.argmin(np.abs(grid - (1.0 - accuracy))))] = atc
+        edges_E.sort()
+    bins_N = np.searchsorted(edges_E, confidence_N, side="right")
+    score_N = np.where(known_N, predicted_N == labels_N, confidence_N)
+    weight_B = np.bincount(bins_N, minlength=NUM_BINS)
+    prior = accuracy if known_N.any() else float(confidence_N.mean())
+    entropy_edges_E = np.quantile(entropies(probs_NK), grid)
+    normal_NK = probabilities(normal.logits_NK, temperature)
+    normal_bins_N = np.searchsorted(edges_E, normal_NK.max(axis=1), side="right")
+    entropy_bins_N = np.searchsorted(entropy_edges_E, entropies(normal_NK), side="right")
+    return {
+        "class_shares_K": np.bincount(normal_NK.argmax(axis=1), minlength=num_classes) / len(normal_NK),
+        "reference_class_shares_K": np.bincount(predicted_N, minlength=num_classes) / len(predicted_N),
+        "confusion_KK": confusion_KK,
+        "temperature": temperature,
+        "accuracy": accuracy,
+        "mean_confidence": float(normal_NK.max(axis=1).mean()),
+        "reference_confidence": float(confidence_N.mean()),
+        "confidence_edges_E": edges_E,
+        "entropy_edges_E": entropy_edges_E,
+        "confidence_shares_B": np.bincount(normal_bins_N, minlength=NUM_BINS) / len(normal_NK),
+        "entropy_shares_B": np.bincount(entropy_bins_N, minlength=NUM_BINS) / len(normal_NK),
+        "bin_accuracy_B": (np.bincount(bins_N, score_N, NUM_BINS) + prior) / (weight_B + 1.0),
+        "atc_threshold": atc,
+    }
+
+
+def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> dict[str, Any]:
+    """Channel moments, range of values and the rates of input checks."""
+    means_NC = np.asarray(reference.channel_means_NC, dtype=np.float64)
+    squares_NC = np.asarray(reference.channel_squares_NC, dtype=np.float64)
+    usable_N = np.isfinite(means_NC).all(axis=1) & np.isfinite(squares_NC).all(axis=1)
+    mu_C = means_NC[usable_N].mean(axis=0) if usable_N.any() else np.zeros(means_NC.shape[1])
+    second_C = squares_NC[usable_N].mean(axis=0) if usable_N.any() else np.ones(means_NC.shape[1])
+    sd_C = np.sqrt(np.maximum(second_C - mu_C**2, 0.0))
+    scale_C = np.where(sd_C > 1e-6 * (1.0 + np.abs(mu_C)), sd_C, 1.0)
+    low = float(min(np.nanmin(reference.input_min_N), np.nanmin(normal.input_min_N)))
+    high = float(max(np.nanmax(reference.input_max_N), np.nanmax(normal.input_max_N)))
+    margin = 0.01 * (high - low)
+    found: dict[str, Any] = {"channel_mean_C": mu_C, "channel_scale_C": scale_C}
+    found |= {"input_low": low - margin, "input_high": high + margin}
+    scaled = Baseline(**{f.name: found.get(f.name, getattr(draft, f.name)) for f in fields(Baseline)})
+    checks = normal.checks()
+    z_NC, v_NC = standardised_channels(scaled, checks)
+    pairs = Layout(draft.num_classes, draft.num_channels).pairs
+    found["normal_channels_3C"] = np.stack([z_NC.mean(axis=0), v_NC.mean(axis=0), z_NC.std(axis=0)])
+    found["channel_products_P"] = np.array([(z_NC[:, i] * z_NC[:, j]).mean() for i, j in pairs], dtype=np.float64)
+    found["check_rates"] = np.array(count_checks(scaled, checks, 0), dtype=np.float64) / len(z_NC)
+    assert len(found["check_rates"]) == len(CHECKS)
+    return found
+
+
+def _fit_features(draft: Baseline, reference: Sample, normal: Sample | None) -> dict[str, Any]:
+    """Feature means of both worlds, the null distribution, class-conditional means."""
+    rng = np.random.default_rng(_SEED + 1)
+    reference_NM = fourier_features(draft, reference.embedding_ND)
+    normal_NM = reference_NM if normal is None else fourier_features(draft, normal.embedding_ND)
+    nulls = [calibrate(normal_NM, num, rng) for num in SCALES]
+    labels_N, known_N = _labelled(reference)
+    truth_N = np.where(known_N, labels_N, reference.logits_NK.argmax(axis=1))
+    means_KM = np.tile(reference_NM.mean(axis=0), (draft.num_classes, 1))
+    for k in np.unique(truth_N):
+        means_KM[k] = reference_NM[truth_N == k].mean(axis=0)
+    direction_M = reference_NM.mean(axis=0) - normal_NM.mean(axis=0)
+    length = float(np.linalg.norm(direction_M))
+    along_N = normal_NM @ (direction_M / length) if length > 0 else np.zeros(len(normal_NM))
+    return {
+        "normal_mean_M": normal_NM.mean(axis=0),
+        "reference_mean_M": reference_NM.mean(axis=0),
+        "normal_count": len(normal_NM),
+        "reference_count": len(reference_NM),
+        "null_quantiles_SQ": np.stack([quantiles_Q for quantiles_Q, _ in nulls]),
+        "null_tails_S": np.array([tail for _, tail in nulls]),
+        "direction_scale": float(along_N.std()),
+        "class_means_KM": means_KM.astype(np.float32),
+    }
