@@ -1,0 +1,1 @@
+"""Benchmarks: speed only, ratios within one run."""

@@ -1,0 +1,23 @@
+"""Set before Ray is imported: every test cluster is private, unauthenticated on loopback, and silent."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(tempfile.gettempdir()) / f"ray-token-{os.getpid()}")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HEAL_HOME"] = tempfile.mkdtemp(prefix="heal-home-")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The CIFAR-10 drift data beside the checkout; skips where it is absent."""
+    if not (SHARED_DATA / "model.yaml").exists():
+        pytest.skip(f"no CIFAR-10 drift data at {SHARED_DATA}")
+    return SHARED_DATA
