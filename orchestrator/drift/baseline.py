@@ -75,7 +75,7 @@ class Baseline:
     reference_mean_M: Array  # features of the old world under this digest; equal to normal for the base
     normal_count: int
     reference_count: int
-    null_quantiles_SQ: Array  # of T per scale, at null.SURVIVAL_Q
+    null_quantiles_SQ: Array  # of T, at null.SURVIVAL_Q; a row per scale and, with <= 4 channels, one for their means
     null_tails_S: Array  # mean excess of T beyond the last quantile
     direction_scale: float  # standard deviation, per instance, of normal features along normal -> reference
     class_shares_K: Array  # predicted, normal
@@ -95,6 +95,7 @@ class Baseline:
     channel_mean_C: Array  # reference, input units: the origin of standardised channels
     channel_scale_C: Array  # standard deviation over all positions, input units, > 0
     normal_channels_3C: Array  # standardised, normal: mean of means, mean of squares, sd of means over instances
+    channel_whitening_CC: Array  # makes the standardised normal channel means white; (0, 0) above 4 channels
     channel_products_P: Array  # standardised, normal: mean products of channel means
     input_low: float  # smallest and largest value seen, with a small margin
     input_high: float
@@ -182,8 +183,9 @@ def fit_baseline(
     values |= _fit_coordinates(reference) if base_baseline is None else _coordinates_of(base_baseline)
     values |= _fit_outputs(reference, normal or reference)
     draft = Baseline(**{f.name: values.get(f.name, np.zeros(0)) for f in fields(Baseline)})
-    values |= _fit_inputs(draft, reference, normal or reference)
-    values |= _fit_features(draft, reference, normal)
+    inputs, channels_NC = _fit_inputs(draft, reference, normal or reference)
+    values |= inputs
+    values |= _fit_features(draft, reference, normal, channels_NC)
     return Baseline(**values)
 
 
@@ -288,8 +290,8 @@ def _fit_outputs(reference: Sample, normal: Sample) -> dict[str, Any]:
     }
 
 
-def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> dict[str, Any]:
-    """Channel moments, range of values and the rates of input checks."""
+def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> tuple[dict[str, Any], Array]:
+    """Channel moments, range of values and the rates of input checks; and the normal channel means, whitened."""
     means_NC = np.asarray(reference.channel_means_NC, dtype=np.float64)
     squares_NC = np.asarray(reference.channel_squares_NC, dtype=np.float64)
     usable_N = np.isfinite(means_NC).all(axis=1) & np.isfinite(squares_NC).all(axis=1)
@@ -310,15 +312,25 @@ def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> dict[str,
     found["channel_products_P"] = np.array([(z_NC[:, i] * z_NC[:, j]).mean() for i, j in pairs], dtype=np.float64)
     found["check_rates"] = np.array(count_checks(scaled, checks, 0), dtype=np.float64) / len(z_NC)
     assert len(found["check_rates"]) == len(CHECKS)
-    return found
+    found["channel_whitening_CC"] = _whitening(z_NC) if pairs else np.zeros((0, 0))
+    return found, z_NC @ found["channel_whitening_CC"] if pairs else np.zeros((0, 0))
 
 
-def _fit_features(draft: Baseline, reference: Sample, normal: Sample | None) -> dict[str, Any]:
+def _whitening(z_NC: Array) -> Array:
+    """Matrix W such that z @ W has unit covariance; directions without variance get weight 0."""
+    values_C, vectors_CC = np.linalg.eigh(np.atleast_2d(np.cov(z_NC, rowvar=False)))
+    used_C = values_C > max(1e-6 * float(values_C[-1]), 1e-12)
+    return np.asarray(vectors_CC * np.where(used_C, 1.0 / np.sqrt(np.where(used_C, values_C, 1.0)), 0.0))
+
+
+def _fit_features(draft: Baseline, reference: Sample, normal: Sample | None, channels_NC: Array) -> dict[str, Any]:
     """Feature means of both worlds, the null distribution, class-conditional means."""
     rng = np.random.default_rng(_SEED + 1)
     reference_NM = fourier_features(draft, reference.embedding_ND)
     normal_NM = reference_NM if normal is None else fourier_features(draft, normal.embedding_ND)
     nulls = [calibrate(normal_NM, num, rng) for num in SCALES]
+    if channels_NC.size:
+        nulls.append(calibrate(channels_NC, SCALES[0], rng))
     labels_N, known_N = _labelled(reference)
     truth_N = np.where(known_N, labels_N, reference.logits_NK.argmax(axis=1))
     means_KM = np.tile(reference_NM.mean(axis=0), (draft.num_classes, 1))

@@ -15,6 +15,7 @@ Array = NDArray[Any]
 SCALES = (32, 256)  # instances per test: fast for severe shifts, slow for mild ones
 REFERENCE_INFLATION = 1.5  # variance of a mean of n against one of N counts as 1/n + 1.5/N; 1 would be the plain law
 TOLERANCE = 1.0e-3  # squared distance, in total feature variances, that is never drift: worlds never repeat exactly
+CHANNEL_TOLERANCE = 0.02  # the same for means of input channels: light changes over a day
 NUM_SPLITS = 8
 WINDOWS_PER_SPLIT = 512
 MAX_POOL = 4096  # instances of the normal sample used to calibrate
@@ -47,7 +48,7 @@ def calibrate(features_NM: Array, num: int, rng: np.random.Generator) -> tuple[A
     are about four times what the full sample causes later, so the table errs to the safe side.
 
     Args:
-        features_NM: (N, M) random Fourier features of the normal sample, N >= 4.
+        features_NM: (N, M) random Fourier features (or other vectors) of the normal sample, N >= 4.
         num: window size.
         rng: a seeded generator: equal inputs give equal tables.
 
