@@ -48,7 +48,7 @@ class _Baselines:
         self._task: Any = None
 
     def load(self, digest: str) -> Baseline | None:
-        return load_baseline(self._storage, self._config.base, digest)
+        return load_baseline(self._storage, digest, self._config.base)
 
     def prepare_base(self) -> None:
         if self._task is not None:

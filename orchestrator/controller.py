@@ -19,12 +19,14 @@ from typing import Any
 from orchestrator import healing, rollout
 from orchestrator.drift.diagnosis import diagnose
 from orchestrator.drift.monitor import Monitor
+from orchestrator.drift.statistics import read
 from orchestrator.errors import HealError
 from orchestrator.fleet import Fleet
 from orchestrator.messages import BASE, Command, Diagnosis, Phase, Report, Target
 from orchestrator.ports import Ports
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.state import (
+    NO_SEARCH,
     Action,
     CancelSearch,
     LaunchSearch,
@@ -71,6 +73,7 @@ class Controller:
         self._missing: dict[str, int] = {}
         self._stable_published: tuple[int, str] | None = None
         self._problem = ""
+        self._since_s = clock()
         self._state = self._recover()
 
     # ------------------------------------------------------------ heartbeats: memory only
@@ -128,13 +131,14 @@ class Controller:
                 diagnosis=self._diagnose(state),
                 buffered=self._buffered(state),
                 traffic_ended=self.traffic_ended,
-                search=search or healing.NO_SEARCH,
+                search=search or NO_SEARCH,
                 gate=gate,
                 monitor_ready=self._monitor.has_baseline(state.stable),
                 commands=tuple(self._commands),
                 canary_anomaly=self._canary_anomaly(state),
                 stable_published=self._stable_published,
                 storage=self.config.storage,
+                observing_since_s=self._since_s,
             )
 
     def _diagnose(self, state: State) -> Diagnosis | None:
@@ -166,12 +170,12 @@ class Controller:
         baseline = self._monitor.baseline(digest)
         if window is None or baseline is None or window.count < self.config.settings.canary_instances:
             return ""
-        shares = baseline.layout.class_counts(window.sums) / window.count
-        top = int(shares.argmax())
-        limit = max(COLLAPSE_SHARE, float(baseline.class_shares[top]) + COLLAPSE_EXCESS)
-        if shares[top] <= limit:
+        shares_K = read(baseline.layout, window).class_shares_K
+        top = int(shares_K.argmax())
+        limit = max(COLLAPSE_SHARE, float(baseline.class_shares_K[top]) + COLLAPSE_EXCESS)
+        if shares_K[top] <= limit:
             return ""
-        return f"predictions collapsed: class {top} share {shares[top]:.3f} > {limit:.3f}"
+        return f"predictions collapsed: class {top} share {shares_K[top]:.3f} > {limit:.3f}"
 
     # ------------------------------------------------------------ the edges
 

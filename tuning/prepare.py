@@ -20,7 +20,7 @@ def prepare_base(storage: Storage | str, base: str, device: str = "auto") -> Bas
         SpecError, DataError, StorageError: the model or its reference cannot be used.
     """
     store = open_storage(storage) if isinstance(storage, str) else storage
-    known = load_baseline(store, base, BASE)
+    known = load_baseline(store, BASE, base)
     if known is not None:
         return known
     folder = fetch_model(store, base)
