@@ -71,7 +71,7 @@ def sign_test(wins: int, losses: int) -> float:
     trials = wins + losses
     if trials == 0:
         return 1.0
-    return sum(math.comb(trials, k) for k in range(wins, trials + 1)) / 2**trials
+    return sum(math.comb(trials, k) for k in range(wins, trials + 1)) / (1 << trials)
 
 
 def clean_loss(evidence: GateEvidence) -> float:
