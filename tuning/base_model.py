@@ -292,7 +292,7 @@ def input_moments(inputs: np.ndarray, layout: str) -> InputMoments:
         layout: HWC (channels last), CHW (channels first) or F (every column is a channel).
 
     Returns:
-        Moments over the positions of each channel; NaN where the inputs are NaN.
+        Moments over the positions of each channel; NaN where the inputs are NaN, minimum and maximum ignore NaN.
     """
     flat = inputs.reshape(len(inputs), 1, -1) if layout == "F" or inputs.ndim < 3 else inputs
     if layout == "CHW" and flat.ndim > 3:
@@ -301,15 +301,15 @@ def input_moments(inputs: np.ndarray, layout: str) -> InputMoments:
     return InputMoments(
         channels.mean(axis=1),
         np.square(channels).mean(axis=1),
-        channels.min(axis=(1, 2), initial=np.inf),
-        channels.max(axis=(1, 2), initial=-np.inf),
+        np.fmin.reduce(channels, axis=(1, 2)),
+        np.fmax.reduce(channels, axis=(1, 2)),
     )
 
 
 def batches(inputs: np.ndarray, device: torch.device, batch: int) -> Iterator[torch.Tensor]:
     """Rows of `inputs` in order, as tensors on `device`, at most `batch` at a time."""
     for start in range(0, len(inputs), batch):
-        yield torch.from_numpy(np.ascontiguousarray(inputs[start : start + batch])).to(device)
+        yield torch.from_numpy(np.array(inputs[start : start + batch])).to(device)  # a copy: data may be read-only
 
 
 def collect_sample(
@@ -318,6 +318,7 @@ def collect_sample(
     inputs_np: np.ndarray,
     device: torch.device,
     batch: int = 256,
+    labels: np.ndarray | None = None,
     layout: str = "HWC",
 ) -> Sample:
     """Everything a baseline is fitted on, from one pass over `inputs_np`.
@@ -328,6 +329,7 @@ def collect_sample(
         inputs_np: (N, *shape), N >= 1.
         device: where to run.
         batch: rows per forward pass.
+        labels: int64 (N,), -1 where unknown; passed through.
         layout: the spec's input layout, for the channel statistics.
     """
     from orchestrator.drift.baseline import Sample
@@ -346,4 +348,5 @@ def collect_sample(
         channel_squares_NC=moments.squares_NC,
         input_min_N=moments.min_N,
         input_max_N=moments.max_N,
+        labels_N=labels,
     )
