@@ -35,7 +35,11 @@ def main() -> None:
         plain, ours, name, shape = _start(args.model, folder)
         body, headers = _body(shape)
         urls = {
-            "plain": (plain, np.zeros((ROWS, *shape), np.uint8).tobytes(), {"Content-Type": "application/octet-stream"}),
+            "plain": (
+                plain,
+                np.zeros((ROWS, *shape), np.uint8).tobytes(),
+                {"Content-Type": "application/octet-stream"},
+            ),
             "ours": (f"{ours}/v2/models/{name}/infer", body, headers),
         }
         asyncio.run(_rounds(urls, args))
@@ -82,7 +86,10 @@ def _body(shape: tuple[int, ...]) -> tuple[bytes, dict[str, str]]:
             "outputs": [{"name": "logits"}],
         }
     ).encode()
-    return header + raw, {"Inference-Header-Content-Length": str(len(header)), "Content-Type": "application/octet-stream"}
+    return header + raw, {
+        "Inference-Header-Content-Length": str(len(header)),
+        "Content-Type": "application/octet-stream",
+    }
 
 
 async def _rounds(urls: dict[str, Any], args: argparse.Namespace) -> None:
@@ -102,7 +109,9 @@ async def _rounds(urls: dict[str, Any], args: argparse.Namespace) -> None:
     print(f"plain Serve  {np.median(rates['plain']):8.1f} requests/s (median of {args.rounds})")
     print(f"ours         {np.median(rates['ours']):8.1f} requests/s")
     print(f"ours/plain   {np.median(ratios):8.3f}  95% interval [{low:.3f}, {high:.3f}]")
-    print(f"machine: {os.cpu_count()} cores; {args.connections} connections, {args.requests} requests a round, {ROWS} row")
+    print(
+        f"machine: {os.cpu_count()} cores; {args.connections} connections, {args.requests} requests a round, {ROWS} row"
+    )
 
 
 async def _round(client: httpx.AsyncClient, target: tuple[str, bytes, dict[str, str]], total: int, width: int) -> float:

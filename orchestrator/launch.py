@@ -30,23 +30,25 @@ class ServiceArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: str | None = Field(None, description="path of the model spec; None: the embedded digits model")
-    storage: str | None = Field(None, description="storage URI of all records; None: a folder in HEAL_HOME")
-    service: str | None = Field(None, description="name of the service; None: the model's name")
-    replicas: int = Field(2, ge=1, description="replicas of the model")
-    num_cpus: float = Field(REPLICA_START_CPUS, ge=0, description="CPUs a replica reserves (a Ray resource, not a limit)")
-    num_gpus: float = Field(0, ge=0, description="GPUs a replica reserves; the model runs on a GPU when > 0")
-    num_threads: int = Field(1, ge=1, description="torch threads of a replica")
-    max_batch_size: int = Field(32, ge=1, description="rows of one forward pass at most")
-    max_ongoing_requests: int = Field(64, ge=1, description="requests a replica holds at once")
-    store: str = Field("inputs", pattern="^(inputs|none)$", description="inputs: sample traffic for healing; none: keep none")
+    model: str | None = Field(default=None, description="path of the model spec; None: the embedded digits model")
+    storage: str | None = Field(default=None, description="storage URI of all records; None: a folder in HEAL_HOME")
+    service: str | None = Field(default=None, description="name of the service; None: the model's name")
+    replicas: int = Field(default=2, ge=1, description="replicas of the model")
+    num_cpus: float = Field(
+        default=REPLICA_START_CPUS, ge=0, description="CPUs a replica reserves (a Ray resource, not a limit)"
+    )
+    num_gpus: float = Field(default=0, ge=0, description="GPUs a replica reserves; the model runs on a GPU when > 0")
+    num_threads: int = Field(default=1, ge=1, description="torch threads of a replica")
+    max_batch_size: int = Field(default=32, ge=1, description="rows of one forward pass at most")
+    max_ongoing_requests: int = Field(default=64, ge=1, description="requests a replica holds at once")
+    store: str = Field(
+        default="inputs", pattern="^(inputs|none)$", description="inputs: sample traffic for healing; none: keep none"
+    )
 
 
 def _settings_fields() -> dict[str, Any]:
     hints = get_type_hints(HealSettings)
-    return {
-        f.name: (hints[f.name], Field(f.default, description=f.metadata["doc"])) for f in fields(HealSettings)
-    }
+    return {f.name: (hints[f.name], Field(f.default, description=f.metadata["doc"])) for f in fields(HealSettings)}
 
 
 AppArgs = create_model("AppArgs", __base__=ServiceArgs, **_settings_fields())

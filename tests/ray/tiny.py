@@ -81,7 +81,9 @@ def prepare(folder: Path) -> Path:
     for epoch in range(6):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
         for batch in order.split(64):
-            loss = torch.nn.functional.cross_entropy(net(torch.from_numpy(images[batch])), torch.from_numpy(labels[batch]))
+            loss = torch.nn.functional.cross_entropy(
+                net(torch.from_numpy(images[batch])), torch.from_numpy(labels[batch])
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
