@@ -71,6 +71,7 @@ def watch_canary(state: State, observation: Observation, settings: HealSettings)
 
 
 def await_acks(state: State, observation: Observation, settings: HealSettings) -> Outcome:
+    """Promote when every live replica serves the candidate; take it back when one cannot in time."""
     assert state.episode is not None
     now_s = observation.now_s
     settled = now_s - observation.observing_since_s >= SETTLE_HEARTBEATS * settings.heartbeat_s

@@ -149,7 +149,7 @@ class Observation:
 
     now_s: float
     replicas: tuple[ReplicaView, ...] = ()
-    alarm: Alarm | None = None
+    alarm: Alarm | None = None  # whatever digest it is of: `healing` has the monitor forget what is answered
     diagnosis: Diagnosis | None = None  # of the open episode
     buffered: int = 0  # instances since the onset that a search can use
     traffic_ended: bool = False  # rehearsal: no more will come

@@ -215,10 +215,10 @@ def close(state: State, observation: Observation, settings: HealSettings, verdic
         monitor_reset_s=state.monitor_reset_s if baked else observation.now_s,
     )
     actions: list[Action] = [Record("episode_closed", episode.to_dict())]
-    if searching and identity is not None:
-        actions.append(CancelSearch(identity))
     if not baked:  # it began afresh at the promotion; an alarm since then is news
         actions.append(ResetMonitor(state.stable))
+    if searching and identity is not None:
+        actions.append(CancelSearch(identity))
     return state, tuple(actions)
 
 
