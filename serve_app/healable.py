@@ -9,11 +9,9 @@ is slow (loading adapters, reports, files) happens in threads of its own, and no
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,53 +21,27 @@ import torch
 from torch import nn
 
 from orchestrator.errors import HealError, RequestError
-from orchestrator.messages import BASE, LabelArrived, Report, Target
+from orchestrator.messages import BASE, Report, Target
 from orchestrator.registry import read_stable
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.spec import ModelSpec, load_spec
-from orchestrator.storage import Storage, open_storage
+from orchestrator.storage import open_storage
 from serve_app import tokens
 from serve_app.feedback import LabelBook
+from serve_app.forward import Answer, Ask, Pass, Runner, split
 from serve_app.heartbeat import Link, Pulse
 from serve_app.link import connect as connect_ray
 from serve_app.link import replica_identity
+from serve_app.observer import Observer
 from serve_app.probes import Probes
 from serve_app.publish import publish
-from serve_app.traffic import Rows, TrafficLog
+from serve_app.traffic import TrafficLog
 from serve_app.twins import Served, Twins
-from serve_app.windows import Windows
 from tuning.base_model import feature_tap, resolve_device
 
 FIRST_TARGET_S = 5.0  # a new replica waits this long for its target before it falls back to stable.json
-FORWARD_ROWS = 256  # larger requests run in pieces of this, all under one version
 
 log = logging.getLogger("rayheal")
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request: `inputs` (N, *shape), N >= 1; `version` None means whatever is served by default."""
-
-    inputs: Any
-    request_id: str
-    segment: str = ""
-    version: str | None = None
-    monitor: bool = True
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one request, wholly from one version; `logits` is float32 (N, K)."""
-
-    logits: Any
-    generation: int
-    digest: str
-    request_id: str
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Id of each instance."""
-        return tuple(f"{self.request_id}/{row}" for row in range(len(self.logits)))
 
 
 class Healable:
@@ -85,6 +57,7 @@ class Healable:
         store: "inputs" samples traffic for healing, "none" keeps none.
         deployed_s: when the application was deployed; None: as Serve says, 0 outside Serve.
         connect: finds the orchestrator; None: the Ray actor named in `settings.ORCHESTRATOR_FACTORY`.
+        first_target_s: seconds to wait for the first target.
         settings: fields of `HealSettings`, e.g. mode="auto".
 
     Raises:
@@ -96,55 +69,51 @@ class Healable:
         module: nn.Module,
         *,
         spec: ModelSpec | str | Path,
-        storage: str | Storage,
+        storage: str,
         service: str | None = None,
         base: str | None = None,
         device: str | None = None,
         store: str = "inputs",
         deployed_s: float | None = None,
         connect: Callable[[ServiceConfig], Link] | None = None,
+        first_target_s: float = FIRST_TARGET_S,
         **settings: Any,
     ) -> None:
+        checked = HealSettings.from_dict(settings)
         self.spec = spec if isinstance(spec, ModelSpec) else load_spec(spec)
-        self.storage = storage if isinstance(storage, Storage) else open_storage(storage)
+        self.storage = open_storage(storage)
         self.device = resolve_device(device) if device else _device_of(module)
         base = base or publish(self.storage, self.spec, module)
-        tag, deployed = replica_identity()
-        self.config = ServiceConfig(
-            service or self.spec.name,
-            self.storage.uri,
-            base,
-            HealSettings.from_dict(settings),
-            deployed if deployed_s is None else deployed_s,
-        )
-        self._tag, self._incarnation = tag, uuid.uuid4().hex
+        self._tag, known_s = replica_identity()
+        self._incarnation = uuid.uuid4().hex
+        since_s = known_s if deployed_s is None else deployed_s
+        self.config = ServiceConfig(service or self.spec.name, self.storage.uri, base, checked, since_s)
         module = module.to(self.device).eval()
         sample = np.zeros((1, *self.spec.input_shape), dtype=self.spec.numpy_dtype)
-        self._tap = feature_tap(module, self.spec, sample)
-        self._twins = Twins(module, self.storage, base, warm=partial(self._forward, inputs=sample))
+        self._runner = Runner(feature_tap(module, self.spec, sample), self.device)
+        self._twins = Twins(module, self.storage, base, warm=partial(self._runner.warm, sample=sample))
         self._probes = Probes(self.storage, base, self.spec.layout, self.device)
-        self._windows = Windows(base, collect=_to_numpy)
-        self._traffic = TrafficLog(self.storage, base, tag, incarnation=self._incarnation, store=store)
+        self._traffic = TrafficLog(self.storage, base, self._tag, incarnation=self._incarnation, store=store)
+        self._observer = Observer(base, self._probes, self._traffic)
         self._book = LabelBook(self.spec.num_classes)
-        self._counting = threading.Lock()
-        self._requests = self._instances = self._errors = 0
         self._feedback_key = b""
         self._failure = ""
+        self._blind: dict[str, str] = {}
         dial = connect or connect_ray
-        self._pulse = Pulse(lambda: dial(self.config), self._report, self._apply, self.config.settings.heartbeat_s)
+        self._pulse = Pulse(lambda: dial(self.config), self._report, self._apply, checked.heartbeat_s)
         self._pulse.start()
-        if not self._pulse.applied.wait(FIRST_TARGET_S):
-            self._start_from_stable()
+        if not self._pulse.applied.wait(first_target_s):
+            self._start_from_stable(first_target_s)
 
     # ------------------------------------------------------------ request path
 
     def __call__(self, inputs: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Answer like the module: (N, *shape) in, logits (N, K) out, on this object's device, without gradients."""
-        ask = Ask(inputs, uuid.uuid4().hex)
+        ask, served = Ask(inputs, uuid.uuid4().hex), self._twins.current
         with torch.no_grad():
-            answer = self._run(self._twins.current, [ask])[0]
-        logits: torch.Tensor = answer.logits
-        return logits
+            done = self._forward(served.module, [ask])
+            self._observer.observe(served, [ask], done, split(done.logits, served, [ask]))
+        return done.logits
 
     def infer(self, inputs: np.ndarray, segment: str = "", version: str | None = None, monitor: bool = True) -> Answer:
         """Answer with what is needed to join late labels (see `token`).
@@ -153,7 +122,7 @@ class Healable:
             inputs: (N, *shape) of the spec's type, N >= 1.
             segment: where the request comes from (site, camera).
             version: a listed digest or "base"; None: what is served by default.
-            monitor: False: neither counted nor stored.
+            monitor: False: neither counted in the statistics nor stored.
 
         Raises:
             RequestError: 404, the version is not listed.
@@ -161,7 +130,11 @@ class Healable:
         return self.infer_many([Ask(inputs, uuid.uuid4().hex, segment, version, monitor)])[0]
 
     def infer_many(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Answer several requests in as few forward passes as there are versions among them; order is kept."""
+        """Answer several requests in as few forward passes as there are versions among them; order is kept.
+
+        Raises:
+            RequestError: 404, a version is not listed; nothing is answered then.
+        """
         current = self._twins.current  # read once: all of the batch sees one default version
         groups: dict[str, tuple[Served, list[int]]] = {}
         for place, ask in enumerate(asks):
@@ -170,79 +143,19 @@ class Healable:
         answers: dict[int, Answer] = {}
         with torch.inference_mode():
             for served, places in groups.values():
-                found = self._run(served, [asks[place] for place in places])
-                answers |= {
-                    place: replace(answer, logits=answer.logits.float().cpu().numpy())
-                    for place, answer in zip(places, found, strict=True)
-                }
+                group = [asks[place] for place in places]
+                done = self._forward(served.module, group)
+                found = split(done.logits.float().cpu().numpy(), served, group)  # waits for the device, once
+                self._observer.observe(served, group, done, found)  # after the copy: it does not delay the device
+                answers |= zip(places, found, strict=True)
         return [answers[place] for place in range(len(asks))]
 
-    def _run(self, served: Served, asks: Sequence[Ask]) -> list[Answer]:
-        """One version, one forward pass (or pieces of FORWARD_ROWS), then the statistics of the same pass."""
+    def _forward(self, module: nn.Module, asks: Sequence[Ask]) -> Pass:
         try:
-            x = _as_tensor([ask.inputs for ask in asks]).to(self.device)
-            logits, embedding = self._forward(served.module, x)
+            return self._runner.run(module, asks)
         except Exception:
-            with self._counting:
-                self._errors += len(asks)
+            self._observer.count_errors(len(asks))
             raise
-        answers, start = [], 0
-        for ask in asks:
-            rows = slice(start, start + len(ask.inputs))
-            start = rows.stop
-            answers.append(Answer(logits[rows], served.generation, served.digest, ask.request_id))
-        self._observe(served.digest, asks, x, embedding, logits, answers)
-        return answers
-
-    def _forward(self, module: nn.Module, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            x = torch.as_tensor(inputs).to(self.device)
-            parts = [self._tap.call(module, piece) for piece in x.split(FORWARD_ROWS)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-    def _observe(
-        self,
-        digest: str,
-        asks: Sequence[Ask],
-        x: torch.Tensor,
-        embedding: torch.Tensor,
-        logits: torch.Tensor,
-        answers: Sequence[Answer],
-    ) -> None:
-        now_s, probe = time.time(), self._probes.get(digest)
-        by_segment: dict[str, list[slice]] = {}
-        start = 0
-        for ask, answer in zip(asks, answers, strict=True):
-            rows = slice(start, start + len(ask.inputs))
-            start = rows.stop
-            if ask.monitor:
-                by_segment.setdefault(ask.segment, []).append(rows)
-                self._store(ask, answer, now_s)
-        with self._counting:
-            self._requests += len(asks)
-            self._instances += start
-        if probe is None:
-            return
-        for segment, slices in by_segment.items():
-            seen = (x, embedding, logits)
-            if sum(s.stop - s.start for s in slices) < start:
-                seen = tuple(torch.cat([t[s] for s in slices]) for t in seen)  # type: ignore[assignment]
-            self._windows.add(digest, segment, len(seen[2]), now_s, probe.observe(*seen))
-
-    def _store(self, ask: Ask, answer: Answer, now_s: float) -> None:
-        if self._traffic.store == "none":
-            return
-        # A caller may reuse its tensor; an array that is read-only belongs to a request and stays.
-        inputs = ask.inputs
-        if isinstance(inputs, torch.Tensor):
-            inputs = inputs.detach().clone()
-        elif inputs.flags.writeable:
-            inputs = inputs.copy()
-        segment = self._windows.segment(ask.segment)
-        rows = Rows(answer.ids, now_s, segment, answer.digest, answer.generation, inputs, answer.logits.detach())
-        self._traffic.offer(rows)
 
     # ------------------------------------------------------------ versions, labels
 
@@ -273,7 +186,7 @@ class Healable:
             items: (token, row of the request, class) triples.
 
         Returns:
-            Counts of accepted, unknown (not our token, no such row), expired and conflicting (another label came first).
+            Counts of accepted, unknown (not our token, no such row), expired, conflicting (another label came first).
 
         Raises:
             RequestError: a class outside of the model's; 503 before the first target brought the key.
@@ -288,9 +201,7 @@ class Healable:
     # ------------------------------------------------------------ heartbeat thread
 
     def _report(self, sequence: int) -> Report:
-        now_s, current = time.time(), self._twins.current
-        with self._counting:
-            counts = {"requests": self._requests, "instances": self._instances, "errors": self._errors}
+        now_s, current, seen = time.time(), self._twins.current, self._observer
         return Report(
             replica_tag=self._tag,
             incarnation=self._incarnation,
@@ -299,12 +210,14 @@ class Healable:
             generation=current.generation,
             digest=current.digest,
             versions=self._twins.versions,
-            windows=self._windows.take(now_s),
+            windows=seen.windows.take(now_s),
             labels=self._book.take(),
-            dropped=self._traffic.dropped + self._windows.dropped + self._book.dropped,
+            requests=seen.requests,
+            instances=seen.instances,
+            errors=seen.errors,
+            dropped=self._traffic.dropped + seen.windows.dropped + self._book.dropped,
             failure=self._failure,
             sent_s=now_s,
-            **counts,
         )
 
     def _apply(self, target: Target) -> None:
@@ -314,23 +227,31 @@ class Healable:
         for digest in dict.fromkeys((target.digest, *target.versions)):
             try:
                 self._twins.prepare(digest)
-                self._probes.refresh(digest)
-                if digest == target.digest:
-                    self._twins.activate(target.generation, digest)
             except HealError as error:
                 problems.append(f"{type(error).__name__}: {error}")
+                continue
             except (OSError, RuntimeError) as error:  # the device or the disk is full
                 problems.append(f"{digest} could not be loaded: {error}")
+                continue
+            self._refresh_probe(digest)  # before the flip, so that no batch goes unseen
+            if digest == target.digest:
+                self._twins.activate(target.generation, digest)
         self._twins.retain(target.versions)
         self._probes.retain(self._twins.versions)
-        failure = "; ".join(problems)
-        if failure and failure != self._failure:
-            log.warning("generation %d could not be applied: %s", target.generation, failure)
-        self._failure = failure
+        self._failure = _said("; ".join(problems), self._failure, f"generation {target.generation} is not served")
 
-    def _start_from_stable(self) -> None:
+    def _refresh_probe(self, digest: str) -> None:
+        """A version without statistics is served all the same."""
+        problem = ""
+        try:
+            self._probes.refresh(digest)
+        except HealError as error:
+            problem = str(error)
+        self._blind[digest] = _said(problem, self._blind.get(digest, ""), f"version {digest} is not monitored")
+
+    def _start_from_stable(self, waited_s: float) -> None:
         """No target in time: the last promoted generation, if it is of this base; else the base."""
-        log.warning("no target within %g s (%s); starting from stable.json", FIRST_TARGET_S, self._pulse.problem)
+        log.warning("no target within %g s (%s); starting from stable.json", waited_s, self._pulse.problem)
         try:
             stable = read_stable(self.storage)
         except HealError as error:
@@ -345,18 +266,13 @@ class Healable:
         self._traffic.close()
 
 
+def _said(problem: str, before: str, what: str) -> str:
+    """`problem`, logged when it is new."""
+    if problem and problem != before:
+        log.warning("%s: %s", what, problem)
+    return problem
+
+
 def _device_of(module: nn.Module) -> torch.device:
     first = next((t for t in (*module.parameters(), *module.buffers())), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def _as_tensor(inputs: Sequence[Any]) -> torch.Tensor:
-    if all(isinstance(i, torch.Tensor) for i in inputs):
-        return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
-    arrays = [np.asarray(i) for i in inputs]
-    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return torch.from_numpy(whole if whole.flags.writeable else whole.copy())
-
-
-def _to_numpy(sums: Any) -> np.ndarray:
-    return np.asarray(sums.cpu().numpy(), dtype=np.int64)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.errors import RequestError, ServiceError
+from orchestrator.errors import RequestError
 from serve_app.tensors import DTYPES, describe, from_bytes, from_json, require_finite
 
 INPUT_NAME = "input"
@@ -265,10 +265,10 @@ def render(
         Body, and the length of its JSON part where binary tensors follow (the header to send), else None.
 
     Raises:
-        ServiceError: the model gave NaN or infinity, which JSON cannot carry.
+        RequestError: 500, the model gave NaN or infinity, which JSON cannot carry.
     """
     if not np.isfinite(logits).all():
-        raise ServiceError("the model gave logits that are not finite for this input")
+        raise RequestError("the model gave logits that are not finite for this input", 500)
     arrays = {
         "logits": lambda: logits.astype(DTYPES["FP32"], copy=False),
         "probabilities": lambda: softmax(logits),
