@@ -36,6 +36,7 @@ Array = NDArray[Any]
 
 MIN_INSTANCES = 8
 BANDWIDTH_PAIRS = 4096  # random pairs behind the median heuristic
+ROWS_PER_DIMENSION = 4  # of the PCA, at least
 _SEED = 20240229
 
 
@@ -105,6 +106,14 @@ class Baseline:
     def layout(self) -> Layout:
         """Layout of windows under this baseline."""
         return Layout(self.num_classes, self.num_channels)
+
+
+def _rows_of(sample: Sample, rows: Any) -> Sample:
+    kept: dict[str, Any] = {}
+    for name in (f.name for f in fields(Sample)):
+        value = getattr(sample, name)
+        kept[name] = None if value is None else np.asarray(value)[rows]
+    return Sample(**kept)
 
 
 def baseline_key(base: str, digest: str) -> str:
@@ -185,7 +194,8 @@ def fit_baseline(
     draft = Baseline(**{f.name: values.get(f.name, np.zeros(0)) for f in fields(Baseline)})
     inputs, channels_NC = _fit_inputs(draft, reference, normal or reference)
     values |= inputs
-    values |= _fit_features(draft, reference, normal, channels_NC)
+    rows_N = _measured_rows(len(reference.logits_NK)) if base_baseline is None else slice(None)
+    values |= _fit_features(draft, _rows_of(reference, rows_N), normal, channels_NC)
     return Baseline(**values)
 
 
@@ -200,12 +210,16 @@ def _require_usable(name: str, sample: Sample, num_channels: int) -> None:
 
 
 def _fit_coordinates(reference: Sample) -> dict[str, Any]:
-    """PCA to at most 64 whitened dimensions, and Gaussian frequencies for a kernel as wide as the median distance."""
+    """PCA to at most 64 whitened dimensions, and Gaussian frequencies for a kernel as wide as the median distance.
+
+    Fitted on one half of the reference: whitened by its own covariance, a small sample looks narrower than fresh
+    traffic ever will. The other half gives means and the null distribution (`_measured_rows`).
+    """
     rng = np.random.default_rng(_SEED)
-    embedding_ND = np.asarray(reference.embedding_ND, dtype=np.float64)
+    embedding_ND = np.asarray(reference.embedding_ND[~_measured_rows(len(reference.logits_NK))], dtype=np.float64)
     center_D = embedding_ND.mean(axis=0)
     values_D, vectors_DD = np.linalg.eigh(np.atleast_2d(np.cov(embedding_ND - center_D, rowvar=False)))
-    keep = min(PCA_DIMENSIONS, len(embedding_ND) - 1, len(values_D))
+    keep = min(PCA_DIMENSIONS, max(1, len(embedding_ND) // ROWS_PER_DIMENSION), len(values_D))
     values_P, vectors_DP = values_D[::-1][:keep], vectors_DD[:, ::-1][:, :keep]
     used_P = values_P > max(1e-6 * values_P[0], 1e-12)
     used_P[0] = True  # a constant embedding keeps one dimension, of zeros
@@ -218,6 +232,13 @@ def _fit_coordinates(reference: Sample) -> dict[str, Any]:
     frequencies_PF = rng.standard_normal((projection_DP.shape[1], FOURIER_FEATURES // 2)) / width
     as32 = {"center_D": center_D, "projection_DP": projection_DP, "frequencies_PF": frequencies_PF}
     return {name: value.astype(np.float32) for name, value in as32.items()}  # what probes compute in
+
+
+def _measured_rows(num: int) -> Array:
+    """Which rows of the base's reference are kept out of the PCA: bool (num,), a random half."""
+    rows_N = np.zeros(num, dtype=np.bool_)
+    rows_N[np.random.default_rng(_SEED + 2).permutation(num)[: (num + 1) // 2]] = True
+    return rows_N
 
 
 def _coordinates_of(base_baseline: Baseline) -> dict[str, Any]:

@@ -24,12 +24,13 @@ from orchestrator.drift.statistics import Summary, merge, read
 from orchestrator.messages import Window
 
 MAX_SUM = 1.0e15
+ONSET_LOG_CUSUM = 1.5  # evidence below this does not date an onset: rather a step late than normal traffic taken in
 WEIGHTS = {"features": 0.35, "coarse_features": 0.25, "channels": 0.2, "returned": 0.1, "checks": 0.1}
 
 
 @dataclass
 class ShiryaevRoberts:
-    """One sum of evidence and the CUSUM beside it, whose last visit to zero estimates the onset.
+    """One sum of evidence and the CUSUM beside it, whose last visit near zero estimates the onset.
 
     `steps` of the fine scale pass per update: that many starts are added, which keeps E[total after t steps] <= t.
     """
@@ -42,7 +43,7 @@ class ShiryaevRoberts:
     def update(self, evalue: float, first_s: float) -> None:
         """Take one e-value in, of instances that begin at `first_s` (seconds)."""
         self.total = min((self.steps + self.total) * evalue, MAX_SUM)
-        if self.log_cusum <= 0.0:
+        if self.log_cusum < ONSET_LOG_CUSUM:
             self.onset_s = first_s
         self.log_cusum = max(0.0, self.log_cusum + math.log(max(evalue, 1e-12)))
 
@@ -98,7 +99,7 @@ class Detector:
     def onset_s(self) -> float:
         """Estimated time of the first changed instance, seconds since the epoch, from the strongest test."""
         strongest = max(self._sums, key=lambda name: WEIGHTS[name] * self._sums[name].total)
-        if strongest == "coarse_features" and self._sums["features"].log_cusum > 0.0:
+        if strongest == "coarse_features" and self._sums["features"].log_cusum >= ONSET_LOG_CUSUM:
             return max(self._sums["features"].onset_s, self._sums[strongest].onset_s)
         return self._sums[strongest].onset_s
 

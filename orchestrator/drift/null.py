@@ -18,6 +18,7 @@ TOLERANCE = 1.0e-3  # squared distance, in total feature variances, that is neve
 CHANNEL_TOLERANCE = 0.02  # the same for means of input channels: light changes over a day
 NUM_SPLITS = 8
 WINDOWS_PER_SPLIT = 512
+SMALL_SAMPLE = 16.0  # T is stretched by 1 + 16/N: a handful of instances does not know its own variance
 MAX_POOL = 4096  # instances of the normal sample used to calibrate
 TAIL_PROBABILITY = 0.01  # beyond this an exponential tail is fitted
 TAIL_INFLATION = 1.1  # its mean excess is stretched by this: an estimate from some 40 windows
@@ -68,7 +69,7 @@ def calibrate(features_NM: Array, num: int, rng: np.random.Generator) -> tuple[A
         means_WM = draws_WN.astype(np.float32) @ other_NM / num
         squares_W = (means_WM.astype(np.float64) ** 2).sum(axis=1)
         statistics.append(num * squares_W / (1.0 + num * REFERENCE_INFLATION / half))
-    all_W = np.concatenate(statistics)
+    all_W = np.concatenate(statistics) * (1.0 + SMALL_SAMPLE / len(pool_NM))
     quantiles_Q = np.quantile(all_W, 1.0 - SURVIVAL_Q)
     start = np.quantile(all_W, 1.0 - TAIL_PROBABILITY)
     excess = float((all_W[all_W >= start] - start).mean())

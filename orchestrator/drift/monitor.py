@@ -1,0 +1,245 @@
+"""Watches a fleet: merges the replicas' windows per scope, raises one alarm, remembers the recent past.
+
+Scopes: all traffic, each replica, each segment: one drifted replica of ten hides in the global mean. They share one
+budget of false alarms. A threshold bounds false alarms *per step of 32 instances*, and the replicas (and likewise the
+segments) divide the fleet's instances among them, so a share holds for however many there are. Called by the
+controller; knows no clock: time comes with the windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from orchestrator.drift.baseline import Baseline
+from orchestrator.drift.detector import Detector
+from orchestrator.drift.evalues import channel_p_value, feature_p_value, has_two_worlds
+from orchestrator.drift.null import SCALES
+from orchestrator.drift.statistics import merge, read
+from orchestrator.messages import Alarm, Window
+
+GLOBAL = "global"
+BUDGET_SHARES = {"global": 0.5, "replica": 0.25, "segment": 0.25}  # of the allowed rate of false alarms
+MAX_DETECTORS = 512  # scopes kept at once; the longest unheard of goes first
+RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
+MAX_RINGS = 6  # digests whose windows are kept
+MIN_PART_INSTANCES = 64  # the latest of a replica or segment that are judged; with fewer it is not judged at all
+BLAMED_P, CLEARED_P = 1.0e-4, 0.1  # p-values that make a part the culprit, or show it is well
+RETURN_RATIO = 0.5  # squared distance to the old world below this part of that to normal: it is back
+
+
+class Monitor:
+    """Drift monitor of one service.
+
+    Args:
+        arl_instances: mean instances between false alarms at the least, over all scopes, independent traffic.
+    """
+
+    def __init__(self, arl_instances: int) -> None:
+        if arl_instances < 1:
+            raise ValueError(f"arl_instances must be >= 1; got {arl_instances}")
+        self.arl_instances = arl_instances
+        self.ignored = 0  # windows under a digest without a baseline, or of another layout
+        self._watched: str | None = None
+        self._alarm: Alarm | None = None
+        self._baselines: dict[str, Baseline] = {}
+        self._detectors: OrderedDict[tuple[str, str], Detector] = OrderedDict()
+        self._rings: OrderedDict[str, deque[tuple[str, Window]]] = OrderedDict()
+        self._restored: dict[tuple[str, str], dict[str, Any]] = {}
+
+    # ------------------------------------------------------------ baselines
+
+    def set_baseline(self, baseline: Baseline) -> None:
+        """Test traffic under the baseline's digest against it; the same baseline again changes nothing."""
+        known = self._baselines.get(baseline.digest)
+        if known is baseline:
+            return
+        if known is not None and not np.array_equal(known.normal_mean_M, baseline.normal_mean_M):
+            self._forget(baseline.digest)
+        self._baselines[baseline.digest] = baseline
+
+    def has_baseline(self, digest: str) -> bool:
+        """Whether windows under this digest can be tested."""
+        return digest in self._baselines
+
+    def baseline(self, digest: str) -> Baseline | None:
+        """The digest's baseline, or None."""
+        return self._baselines.get(digest)
+
+    # ------------------------------------------------------------ windows in, alarm out
+
+    def absorb(self, replica_tag: str, window: Window) -> None:
+        """Take a replica's window in; windows that no baseline fits are counted in `ignored` and dropped."""
+        baseline = self._baselines.get(window.digest)
+        if baseline is None or baseline.base != window.base or len(window.sums) != baseline.layout.size:
+            self.ignored += 1
+            return
+        self._remember(replica_tag, window)
+        if self._watched is not None and window.digest != self._watched:
+            return
+        scopes = [GLOBAL, f"replica:{replica_tag}"] + ([f"segment:{window.segment}"] if window.segment else [])
+        crossed = [scope for scope in scopes if self._detector(window.digest, scope).absorb(window)]
+        if crossed and self._alarm is None:
+            self._alarm = self._raise_alarm(crossed[0], window)
+
+    def alarm(self) -> Alarm | None:
+        """The alarm that stands, or None; it stands until `reset`."""
+        return self._alarm
+
+    def attribute(self, alarm: Alarm) -> Alarm:
+        """The alarm with the scope that the windows since its onset speak for by now.
+
+        Soon after an onset few parts have traffic enough to be judged, and the alarm says `global`; ask again before
+        the diagnosis. An alarm of a restarted monitor, which remembers no windows, stays as it is.
+        """
+        if alarm.digest not in self._rings:
+            return alarm
+        return replace(alarm, scope=self._attribute(alarm.digest, alarm.onset_s))
+
+    def reset(self, digest: str) -> None:
+        """Clear the alarm, start every test anew, and from now on test only traffic under `digest`.
+
+        Before the first reset traffic under every digest with a baseline is tested. Remembered windows stay.
+        """
+        self._alarm = None
+        self._watched = digest
+        self._detectors.clear()
+        self._restored.clear()
+
+    def since(self, onset_s: float, digest: str, scope: str = GLOBAL) -> Window | None:
+        """Everything remembered under a digest whose windows began at `onset_s` or later, merged; None for nothing.
+
+        Args:
+            onset_s: seconds since the epoch.
+            digest: adapter digest or `base`.
+            scope: `global`, or one replica's or segment's windows only, named as in an alarm.
+        """
+        kept = [
+            window
+            for tag, window in self._rings.get(digest, ())
+            if window.first_s >= onset_s and scope in (GLOBAL, f"replica:{tag}", f"segment:{window.segment}")
+        ]
+        return merge(kept) if kept else None
+
+    def threshold(self, scope: str) -> float:
+        """Steps of 32 instances between false alarms that a scope's share of the budget asks for."""
+        return max(self.arl_instances / SCALES[0] / BUDGET_SHARES[scope.partition(":")[0]], 1.0)
+
+    def statistic(self) -> dict[str, Any]:
+        """What the page shows: per scope the statistic, its threshold, and `level`: log-scaled, an alarm at 1."""
+        scopes = {}
+        for (digest, scope), detector in self._detectors.items():
+            value, threshold = detector.statistic, detector.threshold
+            scopes[scope if digest == self._watched or self._watched is None else f"{digest[:12]} {scope}"] = {
+                "digest": digest,
+                "statistic": value,
+                "threshold": threshold,
+                "level": math.log1p(value) / math.log1p(threshold),
+                "instances": detector.instances,
+            }
+        alarm = asdict(self._alarm) if self._alarm else None
+        return {"watched": self._watched, "ignored": self.ignored, "alarm": alarm, "scopes": scopes}
+
+    # ------------------------------------------------------------ across restarts
+
+    def snapshot(self) -> dict[str, Any]:
+        """JSON-able state of alarm and tests. Remembered windows are not kept: `since` starts empty after a restart."""
+        detectors = [
+            {"digest": digest, "scope": scope, "state": detector.snapshot()}
+            for (digest, scope), detector in self._detectors.items()
+        ]
+        alarm = asdict(self._alarm) if self._alarm else None
+        return {"watched": self._watched, "ignored": self.ignored, "alarm": alarm, "detectors": detectors}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a snapshot; each test resumes when its baseline and its first window are there."""
+        self._detectors.clear()
+        self._watched = state["watched"]
+        self.ignored = int(state["ignored"])
+        self._alarm = Alarm(**state["alarm"]) if state["alarm"] else None
+        self._restored = {(d["digest"], d["scope"]): d["state"] for d in state["detectors"]}
+
+    # ------------------------------------------------------------ inside
+
+    def _forget(self, digest: str) -> None:
+        for key in [key for key in self._detectors if key[0] == digest]:
+            del self._detectors[key]
+        self._restored = {key: state for key, state in self._restored.items() if key[0] != digest}
+        self._rings.pop(digest, None)
+
+    def _remember(self, replica_tag: str, window: Window) -> None:
+        ring = self._rings.setdefault(window.digest, deque(maxlen=RING_WINDOWS))
+        self._rings.move_to_end(window.digest)
+        ring.append((replica_tag, window))
+        while len(self._rings) > MAX_RINGS:
+            self._rings.popitem(last=False)
+
+    def _detector(self, digest: str, scope: str) -> Detector:
+        key = (digest, scope)
+        if key not in self._detectors:
+            self._detectors[key] = Detector(self._baselines[digest], self.threshold(scope))
+            if key in self._restored:
+                self._detectors[key].restore(self._restored.pop(key))
+            while len(self._detectors) > MAX_DETECTORS:
+                self._detectors.popitem(last=False)
+        self._detectors.move_to_end(key)
+        return self._detectors[key]
+
+    def _raise_alarm(self, crossed: str, window: Window) -> Alarm:
+        detector = self._detectors[(window.digest, crossed)]
+        scope = self._attribute(window.digest, detector.onset_s)
+        return Alarm(
+            scope=scope,
+            digest=window.digest,
+            statistic=detector.statistic,
+            threshold=detector.threshold,
+            onset_s=detector.onset_s,
+            raised_s=window.last_s,
+            instances=detector.instances,
+            returned=self._has_returned(window.digest, detector.onset_s, scope),
+        )
+
+    def _attribute(self, digest: str, onset_s: float) -> str:
+        """The one replica or segment that strayed while all the others are well, or else `global`."""
+        recent = [(tag, w) for tag, w in self._rings[digest] if w.first_s >= onset_s]
+        keys: tuple[Callable[[str, Window], str], ...] = (
+            lambda tag, _: f"replica:{tag}",
+            lambda _, w: f"segment:{w.segment}" if w.segment else "",
+        )
+        for key in keys:
+            parts: dict[str, list[Window]] = {}
+            for tag, window in recent:
+                parts.setdefault(key(tag, window), []).append(window)
+            p_values = {name: self._latest_p_value(digest, windows) for name, windows in parts.items()}
+            blamed = [name for name, p in p_values.items() if p is not None and p < BLAMED_P]
+            well = [name for name, p in p_values.items() if p is not None and p > CLEARED_P]
+            unclear = [name for name, p in p_values.items() if p is not None and BLAMED_P <= p <= CLEARED_P]
+            if len(blamed) == 1 and blamed[0] and well and not unclear:
+                return blamed[0]
+        return GLOBAL
+
+    def _latest_p_value(self, digest: str, windows: list[Window]) -> float | None:
+        """P-value of a part's latest instances, those from before a late start of the drift left out; None: too few."""
+        latest: list[Window] = []
+        for window in reversed(windows):
+            latest.append(window)
+            if sum(w.count for w in latest) >= MIN_PART_INSTANCES:
+                summary = read(self._baselines[digest].layout, merge(latest))
+                baseline = self._baselines[digest]
+                return min(1.0, 2.0 * min(feature_p_value(baseline, summary), channel_p_value(baseline, summary)))
+        return None
+
+    def _has_returned(self, digest: str, onset_s: float, scope: str) -> bool:
+        """Whether the windows since the onset fit the old world clearly better than the digest's own."""
+        baseline, window = self._baselines[digest], self.since(onset_s, digest, scope)
+        if window is None or not has_two_worlds(baseline):
+            return False
+        mean_M = read(baseline.layout, window).feature_mean_M
+        to_reference = float(((mean_M - baseline.reference_mean_M) ** 2).sum())
+        to_normal = float(((mean_M - baseline.normal_mean_M) ** 2).sum())
+        return to_reference < RETURN_RATIO * to_normal
