@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestrator.datasets import row_hashes
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.messages import SearchRequest
 from orchestrator.storage import Storage
@@ -57,19 +58,12 @@ class Buffer:
     def split(self) -> dict[str, Buffer]:
         """Parts `train`, `choose` and `gate`; equal contents always fall into the same part."""
         parts, lower = {}, 0.0
-        places = content_hashes(self.inputs) / 2.0**64
+        places = row_hashes(self.inputs).astype(np.float64) / 2.0**64
         for name, share in SHARES.items():
             upper = lower + share if name != "gate" else 1.0 + 1e-9
             parts[name] = self.take((places >= lower) & (places < upper))
             lower = upper
         return parts
-
-
-def content_hashes(inputs: np.ndarray) -> np.ndarray:
-    """uint64 (N,): hash of each instance's bytes, the same on every machine."""
-    rows = np.ascontiguousarray(inputs).reshape(len(inputs), -1)
-    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
-    return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
 
 def collect(storage: Storage, request: SearchRequest) -> Buffer:
@@ -94,7 +88,7 @@ def collect(storage: Storage, request: SearchRequest) -> Buffer:
     chosen = _choose(index, request.max_instances)
     inputs = _read_inputs(storage, index, chosen)
     ids = np.array([index["id"][i] for i in chosen], dtype=np.str_)
-    _, first = np.unique(content_hashes(inputs), return_index=True)
+    _, first = np.unique(row_hashes(inputs), return_index=True)
     keep = np.sort(first)[: request.max_instances]
     buffer = Buffer(inputs[keep], np.full(len(keep), UNLABELLED, np.int64), ids[keep])
     if request.labels == "none":

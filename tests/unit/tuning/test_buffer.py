@@ -1,7 +1,6 @@
 """The buffer takes the newest distinct traffic, splits it for good, and reads labels only where it may."""
 
 import dataclasses
-import hashlib
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,7 @@ import pytest
 
 from orchestrator.messages import Kind, SearchRequest
 from orchestrator.storage import open_storage
-from tuning.buffer import Buffer, collect, content_hashes
+from tuning.buffer import Buffer, collect
 
 REQUEST = SearchRequest(
     episode="e1",
@@ -122,9 +121,3 @@ def test_the_split_depends_on_contents_alone():
     assert sum(len(p) for p in whole.values()) == 2000
     assert len(whole["train"]) == pytest.approx(1400, abs=80)
     assert len(whole["gate"]) == pytest.approx(300, abs=60)
-
-
-def test_content_hashes_are_the_same_on_every_machine():
-    row = images(1)
-    expected = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "big")
-    assert content_hashes(row).tolist() == [expected]

@@ -1,0 +1,138 @@
+"""Runs a search in this process, without Ray: for `heal rehearse` and for tests.
+
+`launch` returns when the search has ended: a rehearsal's clock is virtual, its traffic must not run on meanwhile. The
+trials, the choice of the winner and the gate's figures are the very same as under Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from orchestrator.errors import HealError
+from orchestrator.keys import ServiceKeys
+from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialResult
+from orchestrator.storage import Storage
+from tuning.finish import measure, register_winner
+from tuning.records import encode, read_evidence, read_status, started_key, write_evidence, write_status
+from tuning.scoring import choose_winner
+from tuning.trainable import Exported, TrialRun
+from tuning.workbench import Workbench, load_workbench
+
+HOPELESS = 0.02  # a trial this far below the best score after an epoch is stopped
+
+log = logging.getLogger("rayheal")
+
+
+class InProcessRunner:
+    """A `TrialRunner` that works in the caller's thread.
+
+    Args:
+        storage: of the service.
+        keys: sign the winner's manifest; None leaves it unsigned.
+        on_trial: told each trial's result as it ends, for progress display.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        keys: ServiceKeys | None = None,
+        on_trial: Callable[[TrialResult], None] | None = None,
+    ) -> None:
+        self._storage = storage
+        self._keys = keys
+        self._on_trial = on_trial
+        self._cancelled: set[str] = set()
+        self._final: dict[str, SearchStatus] = {}
+
+    def launch(self, request: SearchRequest) -> None:
+        """Runs the search, unless it has ended already."""
+        if request.episode in self._cancelled or self.status(request.episode).state != "absent":
+            return
+        self._storage.put(started_key(request.episode), encode(request))
+        try:
+            status = self._search(request)
+        except HealError as error:
+            status = SearchStatus("failed", message=f"{type(error).__name__}: {error}")
+        write_status(self._storage, request.episode, status)
+        self._final[request.episode] = status
+
+    def status(self, episode: str) -> SearchStatus:
+        """Finished, failed or absent: there is no `running` here."""
+        if episode not in self._final:
+            stored = read_status(self._storage, episode)
+            if stored is None:
+                return SearchStatus("absent")
+            self._final[episode] = stored
+        return self._final[episode]
+
+    def cancel(self, episode: str) -> None:
+        """A search that has not begun will not; one that has ended stays ended."""
+        self._cancelled.add(episode)
+
+    def measure(self, request: SearchRequest, digest: str) -> None:
+        """Measures the candidate, unless that was done."""
+        if self.evidence(request.episode, digest) is None:
+            write_evidence(self._storage, request.episode, measure(self._storage, request, digest))
+
+    def evidence(self, episode: str, digest: str) -> GateEvidence | None:
+        """What was measured."""
+        return read_evidence(self._storage, episode, digest)
+
+    def _search(self, request: SearchRequest) -> SearchStatus:
+        start = time.monotonic()
+        bench = load_workbench(self._storage, request)
+        base_score = bench.score(bench.module, [])["score"]
+        cold_start_s = time.monotonic() - start
+        trials = self._run_trials(bench, time.time() + max(0.0, request.budget_s - cold_start_s))
+        results = [result for result, _ in trials]
+        winner = choose_winner(results, base_score)
+        digest = None
+        if winner is not None:
+            exported = next(e for r, e in trials if r is winner)
+            assert exported is not None
+            digest = register_winner(self._storage, bench, winner, exported, self._keys)
+        return SearchStatus(
+            state="finished",
+            trials=tuple(results),
+            winner=digest,
+            winner_trial=winner.trial_id if winner else None,
+            cold_start_s=cold_start_s,
+            search_s=time.monotonic() - start,
+            train_s=sum(r.seconds for r in results),
+            buffered=len(bench.buffer),
+            message=describe(winner, base_score, results),
+        )
+
+    def _run_trials(self, bench: Workbench, deadline_s: float) -> list[tuple[TrialResult, Exported | None]]:
+        """One after the other, cheapest first; the first runs in any case, the others while there is time."""
+        trials: list[tuple[TrialResult, Exported | None]] = []
+        for number, config in enumerate(bench.configurations()):
+            if number and time.time() >= deadline_s:
+                break
+            trials.append(_run_trial(bench, TrialRun, config, f"{bench.request.episode}-{number}", deadline_s, trials))
+            if self._on_trial is not None:
+                self._on_trial(trials[-1][0])
+        return trials
+
+
+def _run_trial(bench, make, config, trial_id, deadline_s, before):  # type: ignore[no-untyped-def]
+    best = max((r.score for r, _ in before if r.status != "failed"), default=float("-inf"))
+    try:
+        run = make(bench, config, trial_id, deadline_s)
+        while not run.done:
+            if run.step()["score"] < best - HOPELESS:
+                return run.result("stopped"), run.export()
+        return run.result(), run.export()
+    except (HealError, RuntimeError) as error:  # out of memory, an op the device lacks: the others may still work
+        log.warning("trial %s failed: %s", trial_id, error)
+        return TrialResult(trial_id, config, "failed", error=f"{type(error).__name__}: {error}"), None
+
+
+def describe(winner: TrialResult | None, base_score: float, results: list[TrialResult]) -> str:
+    """The choice in one line, with its inequality."""
+    if winner is not None:
+        return f"{winner.config.placement} score {winner.score:.3f} > base {base_score:.3f}"
+    best = max((r.score for r in results if r.score == r.score), default=float("nan"))
+    return f"no trial beat the base by the margin: best score {best:.3f}, base {base_score:.3f}"

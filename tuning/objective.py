@@ -1,0 +1,110 @@
+"""What a trial minimises, and how normalisation statistics are kept out of its way.
+
+Pure torch over a module, batches and labels; knows nothing of trials, storage or Ray.
+
+Without labels the loss is information maximisation: be certain of each instance, and diverse over the batch (Liang et
+al. 2020, SHOT). A few labels add cross-entropy on those rows; all labels replace the rest. Replay adds cross-entropy on
+the reference, in a forward pass of its own: in training a normalisation layer sees the statistics of one world at a
+time, and the running statistics are recomputed from traffic alone after every epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tuning.base_model import batches
+from tuning.targets import has_statistics
+
+MOSTLY_LABELLED = 0.9  # of the training rows; from here on the unlabelled terms only add noise
+INFOMAX, SEMI_SUPERVISED, SUPERVISED, NO_TRAINING = "infomax", "semi_supervised", "supervised", "none"
+_TINY = 1e-9
+
+
+def choose_objective(num_labelled: int, num_rows: int) -> str:
+    """`infomax`, `semi_supervised` or `supervised`, by how many of the training rows have a label."""
+    if num_labelled == 0:
+        return INFOMAX
+    return SUPERVISED if num_labelled >= MOSTLY_LABELLED * num_rows else SEMI_SUPERVISED
+
+
+def information_loss(logits_NK: torch.Tensor) -> torch.Tensor:
+    """Mean conditional entropy minus the entropy of the mean prediction, nats; lowest when certain and diverse.
+
+    Args:
+        logits_NK: (N, K), N >= 2.
+    """
+    log_NK = logits_NK.float().log_softmax(dim=1)
+    p_NK = log_NK.exp()
+    mean_K = p_NK.mean(dim=0)
+    return (mean_K * mean_K.clamp_min(_TINY).log()).sum() - (p_NK * log_NK).sum(dim=1).mean()
+
+
+def traffic_loss(objective: str, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Loss of one batch of traffic.
+
+    Args:
+        objective: see `choose_objective`.
+        logits_NK: (N, K).
+        labels_N: int64 (N,), -1 where unknown.
+    """
+    known_N = labels_N >= 0
+    supervised = (
+        F.cross_entropy(logits_NK[known_N].float(), labels_N[known_N]) if known_N.any() else logits_NK.sum() * 0
+    )
+    if objective == SUPERVISED:
+        return supervised
+    return information_loss(logits_NK) + supervised
+
+
+def replay_loss(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of a batch of the labelled reference, mean over its rows."""
+    return F.cross_entropy(logits_NK.float(), labels_N)
+
+
+def statistics_layers(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Those of the named layers that keep running statistics."""
+    layers = [module.get_submodule(name) for name in names]
+    return [layer for layer in layers if has_statistics(layer)]
+
+
+def use_batch_statistics(module: nn.Module, layers: list[nn.Module]) -> None:
+    """Eval mode (no dropout) in which only `layers` normalise by their batch."""
+    module.eval()
+    for layer in layers:
+        layer.train()
+
+
+def recompute_statistics(
+    module: nn.Module, layers: list[nn.Module], inputs: np.ndarray, device: torch.device, batch: int = 250
+) -> None:
+    """Sets the running statistics of `layers` to the plain average over `inputs`; leaves the module in eval mode.
+
+    Args:
+        module: the model.
+        layers: its normalisation layers to set; none: nothing happens.
+        inputs: (N, *shape); fewer than two rows change nothing.
+        device: where the module is.
+        batch: rows per forward pass; a last batch of one row is left out, its variance says nothing.
+    """
+    module.eval()
+    if not layers or len(inputs) < 2:
+        return
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()  # type: ignore[operator]
+        layer.momentum = None  # type: ignore[assignment]
+        layer.train()
+    try:
+        with torch.no_grad():
+            for x in batches(inputs, device, batch):
+                if len(x) > 1:
+                    module(x)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()

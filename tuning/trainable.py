@@ -1,0 +1,191 @@
+"""One trial: an adapter that learns epoch by epoch from an episode's workbench, and knows its own best state.
+
+The same object runs under Ray Tune (`search`) and in a rehearsal (`inprocess`). No Ray in here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from orchestrator.errors import AdapterError
+from orchestrator.messages import Placement, TrialConfig, TrialResult
+from tuning.adapter import attach
+from tuning.objective import (
+    NO_TRAINING,
+    SUPERVISED,
+    choose_objective,
+    recompute_statistics,
+    replay_loss,
+    statistics_layers,
+    traffic_loss,
+    use_batch_statistics,
+)
+from tuning.workbench import Workbench
+
+BATCH = 64
+REPLAY_BATCH = 32
+MIN_BATCH = 8  # smaller last batches are dropped: their statistics are noise
+MAX_GRADIENT = 1.0  # norm, per step
+Exported = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+_CURRENT, _BEST, _META = "current.safetensors", "adapter_model.safetensors", "trial.json"
+
+
+class TrialRun:
+    """A trial in progress.
+
+    Args:
+        bench: the episode's data and base; the base is not touched.
+        config: what to try.
+        trial_id: names it in results.
+        deadline_s: seconds since the epoch; training ends there, in the middle of an epoch if need be.
+
+    Raises:
+        AdapterError: the model has no layer for this placement.
+    """
+
+    def __init__(self, bench: Workbench, config: TrialConfig, trial_id: str, deadline_s: float = float("inf")) -> None:
+        self.bench = bench
+        self.config = config
+        self.trial_id = trial_id
+        self.deadline_s = deadline_s
+        self.epoch = 0
+        self.seconds = 0.0
+        self._rng = np.random.default_rng(config.seed)
+        torch.manual_seed(config.seed)  # dropout, where a model has it
+        self.handle = attach(copy.deepcopy(bench.module), config)
+        self._layers = statistics_layers(self.handle.module, self.handle.targets.saved)
+        train = bench.parts["train"]
+        trained = config.epochs > 0 and self.handle.num_parameters > 0
+        self.objective = choose_objective(train.num_labelled, len(train)) if trained else NO_TRAINING
+        self._optimizer = torch.optim.AdamW(self.handle.parameters(), config.learning_rate) if trained else None
+        self._best: dict[str, float] = {"score": float("-inf")}
+        self._best_export: Exported = self.handle.export()
+
+    @property
+    def done(self) -> bool:
+        """True when no epoch is left, or no time."""
+        epochs = self.config.epochs if self._optimizer else 1
+        return self.epoch >= max(1, epochs) or time.time() >= self.deadline_s
+
+    def step(self) -> dict[str, Any]:
+        """One epoch (an untrained adapter has one, in which it is set), then the score.
+
+        Returns:
+            `score` of the best epoch so far and the figures beside it, `epoch`, `seconds`, `done`.
+        """
+        start = time.monotonic()
+        inputs = self.bench.parts["train"].inputs
+        if self.epoch == 0:
+            recompute_statistics(self.handle.module, self._layers, inputs, self.bench.device)
+            if self.config.placement is Placement.LOGIT_CORRECTION:
+                self.handle.shift_bias(self.bench.logit_offset())
+        if self._optimizer is not None:
+            self._train_epoch(self._optimizer)
+            recompute_statistics(self.handle.module, self._layers, inputs, self.bench.device)
+        self.epoch += 1
+        figures = self.bench.score(self.handle.module, self._layers)
+        if figures["score"] > self._best["score"]:
+            self._best = {**figures, "reference_accuracy": self.bench.reference_accuracy(self.handle.module)}
+            self._best_export = self.handle.export()
+        self.seconds += time.monotonic() - start
+        return {**self._best, "epoch": self.epoch, "seconds": self.seconds, "done": self.done}
+
+    def _train_epoch(self, optimizer: torch.optim.Optimizer) -> None:
+        module, device = self.handle.module, self.bench.device
+        use_batch_statistics(module, self._layers)
+        for rows in self._batches():
+            if time.time() >= self.deadline_s:
+                break
+            train = self.bench.parts["train"]
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = module(torch.from_numpy(train.inputs[rows]).to(device))
+                loss = traffic_loss(self.objective, logits, torch.from_numpy(train.labels[rows]).to(device))
+                if self.config.replay_weight and len(self.bench.replay.inputs):
+                    loss = loss + self.config.replay_weight * self._replay()
+            if not torch.isfinite(loss):
+                raise AdapterError(f"trial {self.trial_id}: the loss is not finite; use a smaller learning rate")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.handle.parameters(), MAX_GRADIENT)
+            optimizer.step()
+        module.eval()
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        """Row numbers of the train part, shuffled; few labels are spread so that every batch has some."""
+        train = self.bench.parts["train"]
+        known = np.flatnonzero(train.labels >= 0)
+        order = self._rng.permutation(known if self.objective == SUPERVISED else len(train))
+        size = min(BATCH, len(order))
+        extra = min(BATCH // 4, len(known)) if self.objective != SUPERVISED else 0
+        for start in range(0, len(order), max(size, 1)):
+            rows = order[start : start + size]
+            if len(rows) >= min(MIN_BATCH, len(order)) and len(rows) > 1:
+                yield np.concatenate([rows, self._rng.choice(known, extra, replace=False)]) if extra else rows
+
+    def _replay(self) -> torch.Tensor:
+        """Cross-entropy on reference rows in a pass of their own: one batch statistic never mixes two worlds."""
+        replay, device = self.bench.replay, self.bench.device
+        rows = self._rng.integers(0, len(replay.inputs), REPLAY_BATCH)
+        assert replay.labels is not None
+        logits = self.handle.module(torch.from_numpy(replay.inputs[rows]).to(device))
+        return replay_loss(logits, torch.from_numpy(replay.labels[rows]).to(device))
+
+    def result(self, status: str = "finished", error: str = "") -> TrialResult:
+        """What the trial measured, at its best epoch."""
+        nan = float("nan")
+        score = self._best["score"]
+        return TrialResult(
+            trial_id=self.trial_id,
+            config=self.config,
+            status=status,
+            score=score if np.isfinite(score) else nan,
+            objective=self.objective,
+            epochs=self.epoch,
+            reference_accuracy=self._best.get("reference_accuracy", nan),
+            labelled_accuracy=self._best.get("labelled_accuracy", nan),
+            seconds=self.seconds,
+            parameters=self.handle.num_parameters,
+            error=error,
+        )
+
+    def export(self) -> Exported:
+        """PEFT config and tensors of the best epoch."""
+        return self._best_export
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint: the best adapter in PEFT's format, the current tensors, the trial's figures."""
+        config, tensors = self._best_export
+        save_file(tensors, folder / _BEST)
+        save_file(self.handle.export()[1], folder / _CURRENT)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        meta = {"config": asdict(self.config), "epoch": self.epoch, "seconds": self.seconds, "best": self._best}
+        (folder / _META).write_text(json.dumps(meta))
+
+    def load(self, folder: Path) -> None:
+        """Continues from a checkpoint of the same configuration; the optimizer starts afresh.
+
+        Raises:
+            AdapterError: the checkpoint is another configuration's.
+        """
+        meta = json.loads((folder / _META).read_text())
+        if meta["config"] != json.loads(json.dumps(asdict(self.config))):
+            raise AdapterError(f"checkpoint must be of trial {self.config}; got {meta['config']}")
+        self.handle.load(load_file(folder / _CURRENT))
+        self._best_export = (json.loads((folder / "adapter_config.json").read_text()), load_file(folder / _BEST))
+        self._best, self.epoch, self.seconds = meta["best"], int(meta["epoch"]), float(meta["seconds"])
+
+
+def read_checkpoint(folder: Path) -> Exported:
+    """The best adapter in a checkpoint that `TrialRun.save` wrote."""
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / _BEST)

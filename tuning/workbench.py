@@ -1,0 +1,181 @@
+"""Everything the trials of one episode share, loaded once per process: base, buffer parts, reference parts, baseline.
+
+Called by both runners, by the trials and by `finish`. It decides which data each step may see: `train` and `replay`
+train, `choose` and `calibration` choose, `gate` and `reference_gate` judge the winner. The report part is never loaded.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from orchestrator.datasets import Dataset, read_dataset, row_hashes, split_reference
+from orchestrator.drift.baseline import Baseline
+from orchestrator.errors import DataError
+from orchestrator.messages import Kind, SearchRequest, TrialConfig
+from orchestrator.registry import fetch_model, load_published_spec
+from orchestrator.storage import Storage
+from tuning.base_model import FeatureTap, build_module, feature_tap, resolve_device
+from tuning.buffer import Buffer, collect
+from tuning.candidates import search_space
+from tuning.prepare import prepare_base
+from tuning.scoring import (
+    calibrate,
+    corrected_posteriors,
+    covariate_score,
+    logit_offset,
+    predict,
+    prior_shift_score,
+)
+
+CALIBRATION_ROWS = 384  # of the reference's fit part; at most a fifth of it. Standard error of an accuracy: 2 points
+MIN_TRAFFIC = 32  # fewer instances than this in any part: nothing can be learned or judged
+
+_cache: dict[tuple[str, str], Workbench] = {}
+_cache_lock = threading.Lock()
+
+
+@dataclass
+class Workbench:
+    """One episode's data and base model on one device. Make it with `load_workbench`."""
+
+    request: SearchRequest
+    folder: Path
+    spec: Any
+    module: nn.Module
+    tap: FeatureTap
+    device: torch.device
+    buffer: Buffer
+    parts: dict[str, Buffer]
+    reference: Dataset  # the fit part, whole: for the winner's baseline
+    replay: Dataset  # of the fit part: trains
+    calibration: Dataset  # the rest of the fit part: sets temperatures
+    reference_gate: Dataset
+    baseline: Baseline
+    _prior_shift: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)  # offset, posteriors
+
+    @property
+    def layout(self) -> str:
+        """The spec's input layout."""
+        return self.spec.layout or "HWC"
+
+    def configurations(self) -> list[TrialConfig]:
+        """The search space for this model."""
+        return search_space(self.request, self.module)
+
+    def logit_offset(self) -> np.ndarray:
+        """Bias correction float32 (K,) for the class shares of the traffic, from the train rows."""
+        return self._correction()[0]
+
+    def _correction(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._prior_shift is None:
+            temperature, old_K = self.baseline.temperature, self.baseline.confusion_KK.sum(axis=0)
+            train = predict(self.module, self.parts["train"].inputs, self.device)
+            choose = predict(self.module, self.parts["choose"].inputs, self.device)
+            offset_K, new_K = logit_offset(train, temperature, old_K)
+            self._prior_shift = offset_K, corrected_posteriors(choose, temperature, old_K, new_K)
+        return self._prior_shift
+
+    def score(self, module: nn.Module, layers: list[nn.Module]) -> dict[str, float]:
+        """Selection score of a model on the choose rows, with the figures beside it.
+
+        Args:
+            module: eval mode, on the device.
+            layers: its normalisation layers that an adapter set to traffic; none for the base.
+
+        Returns:
+            `score`; `labelled_accuracy`, nan without labels; `temperature`.
+        """
+        choose = self.parts["choose"]
+        logits = predict(module, choose.inputs, self.device)
+        known = choose.labels >= 0
+        right = (logits.argmax(axis=1) == choose.labels)[known]
+        if self.request.kind is Kind.PRIOR_SHIFT:
+            temperature = float(self.baseline.temperature)
+            score = prior_shift_score(logits, self._correction()[1], choose.labels)
+        else:
+            temperature = calibrate(module, layers, self.calibration.inputs, self.calibration.labels, self.device)
+            score = covariate_score(logits, temperature, choose.labels, self.baseline.reference_class_shares_K)
+        accuracy = float(right.mean()) if len(right) else float("nan")
+        return {"score": float(score), "labelled_accuracy": accuracy, "temperature": temperature}
+
+    def reference_accuracy(self, module: nn.Module) -> float:
+        """Accuracy on the calibration rows as the model would serve them."""
+        logits = predict(module, self.calibration.inputs, self.device)
+        return float((logits.argmax(axis=1) == self.calibration.labels).mean())
+
+
+def load_workbench(storage: Storage, request: SearchRequest, keep: bool = True) -> Workbench:
+    """The episode's workbench; the one loaded last is kept for the next call in this process.
+
+    Args:
+        storage: where models and traffic are.
+        request: the search.
+        keep: False to load afresh and keep nothing.
+
+    Raises:
+        DataError: too little traffic was stored in the request's window; the message gives both numbers.
+    """
+    key = (storage.uri, request.episode)
+    with _cache_lock:
+        if keep and key in _cache:
+            return _cache[key]
+        bench = _load(storage, request)
+        if keep:
+            _cache.clear()
+            _cache[key] = bench
+        return bench
+
+
+def forget_workbench(request: SearchRequest) -> None:
+    """Frees the memory of the episode's workbench, if this process holds it."""
+    with _cache_lock:
+        for key in [k for k in _cache if k[1] == request.episode]:
+            del _cache[key]
+
+
+def _load(storage: Storage, request: SearchRequest) -> Workbench:
+    buffer = collect(storage, request)
+    if len(buffer) < MIN_TRAFFIC:
+        raise DataError(f"a search needs >= {MIN_TRAFFIC} stored instances; got {len(buffer)}; is store=none?")
+    folder = fetch_model(storage, request.base)
+    spec = load_published_spec(folder)
+    device = resolve_device(request.trial_device)
+    reference = split_reference(read_dataset(folder / "reference.parquet", spec))
+    fit = _labelled(reference["fit"])
+    held_rows = min(CALIBRATION_ROWS, len(fit.inputs) // 5)
+    order = np.argsort(row_hashes(fit.inputs), kind="stable")
+    held, rest = order[:held_rows], order[held_rows:]
+    module = build_module(folder, spec).to(device)
+    return Workbench(
+        request=request,
+        folder=folder,
+        spec=spec,
+        module=module,
+        tap=feature_tap(module, spec, fit.inputs[:2]),
+        device=device,
+        buffer=buffer,
+        parts=buffer.split(),
+        reference=fit,
+        replay=Dataset(fit.inputs[rest], _labels(fit)[rest]),
+        calibration=Dataset(fit.inputs[held], _labels(fit)[held]),
+        reference_gate=_labelled(reference["gate"]),
+        baseline=prepare_base(storage, request.base, request.trial_device),
+    )
+
+
+def _labels(dataset: Dataset) -> np.ndarray:
+    if dataset.labels is None:
+        raise DataError("the reference must have labels; its label column is missing")
+    return dataset.labels
+
+
+def _labelled(dataset: Dataset) -> Dataset:
+    known = _labels(dataset) >= 0
+    return Dataset(dataset.inputs[known], _labels(dataset)[known])
