@@ -131,4 +131,4 @@ class Pulse:
         if not self._failed:
             return self._interval_s
         longest = min(self._interval_s * 2 ** min(self._failed, 8), max(MAX_BACKOFF_S, self._interval_s))
-        return longest * random.uniform(0.5, 1.0)
+        return float(longest * random.uniform(0.5, 1.0))

@@ -248,6 +248,13 @@ def softmax(logits_NK: np.ndarray) -> np.ndarray:
     return np.asarray(shifted_NK / shifted_NK.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
+def _output(name: str, logits_NK: np.ndarray) -> np.ndarray:
+    """One of OUTPUTS: float32 (N, K), float32 (N, K) or int64 (N,)."""
+    if name == "label":
+        return np.asarray(logits_NK.argmax(axis=1), dtype=DTYPES["INT64"])
+    return softmax(logits_NK) if name == "probabilities" else np.asarray(logits_NK, dtype=DTYPES["FP32"])
+
+
 def render(
     request: InferRequest, model: str, version: str, request_id: str, parameters: dict[str, Any], logits: np.ndarray
 ) -> tuple[bytes, int | None]:
@@ -269,15 +276,10 @@ def render(
     """
     if not np.isfinite(logits).all():
         raise RequestError("the model gave logits that are not finite for this input", 500)
-    arrays = {
-        "logits": lambda: logits.astype(DTYPES["FP32"], copy=False),
-        "probabilities": lambda: softmax(logits),
-        "label": lambda: logits.argmax(axis=1).astype(DTYPES["INT64"], copy=False),
-    }
     outputs: list[dict[str, Any]] = []
     tail: list[bytes] = []
     for name, binary in request.outputs:
-        values = arrays[name]()
+        values = _output(name, logits)
         output: dict[str, Any] = {"name": name, "shape": list(values.shape), "datatype": _datatype(name)}
         if binary:
             raw = values.tobytes()

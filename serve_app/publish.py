@@ -33,10 +33,10 @@ def publish(storage: Storage, spec: ModelSpec, module: nn.Module) -> str:
 
 def _spec_has(spec: ModelSpec, state: dict[str, torch.Tensor]) -> bool:
     """True when the weights file beside the spec holds these values, at whatever precision it stores them."""
-    if not spec.weights or "://" in spec.weights or spec.folder is None:
+    if not spec.weights or "://" in spec.weights:
         return False
     try:
-        stored = load_file(spec.folder / spec.weights)
+        stored = load_file(spec.locate(spec.weights))
     except (OSError, SafetensorError):
         return False
     return stored.keys() == state.keys() and all(
