@@ -207,7 +207,7 @@ class Controller:
             self._write(record.event, record.body, after)
 
     def _write(self, event: str, body: dict[str, Any], state: State) -> None:
-        seq = self._ports.records.append(event, body, state.to_dict())
+        seq = self._ports.records.append(event, body, state.to_dict(), time_s=self._clock())
         with self._lock:
             self._events.append({"seq": seq, "time_s": self._clock(), "event": event, "body": body})
 

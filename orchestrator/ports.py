@@ -33,7 +33,7 @@ class TrialRunner(Protocol):
 class Records(Protocol):
     """The journal."""
 
-    def append(self, event: str, body: dict[str, Any], state: dict[str, Any]) -> int:
+    def append(self, event: str, body: dict[str, Any], state: dict[str, Any], *, time_s: float | None = None) -> int:
         """Write one entry; raises when another orchestrator wrote there."""
 
     def replay(self) -> dict[str, Any] | None:
