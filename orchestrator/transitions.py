@@ -93,7 +93,7 @@ def open_episode(
 def enter(state: State, observation: Observation, phase: Phase, **details: Any) -> Outcome:
     """The next phase of the open episode."""
     assert state.episode is not None
-    entered = {phase.value: observation.now_s} | state.episode.phase_entered
+    entered = state.episode.phase_entered | {phase.value: observation.now_s}
     body = {"episode": state.episode.id, "from": state.phase.value, "phase": phase.value} | details
     state = update_episode(replace(state, phase=phase), phase_entered=entered, phase_s=observation.now_s)
     return state, (Record("phase_entered", body),)
