@@ -65,6 +65,22 @@ def channel_p_value(baseline: Baseline, summary: Summary) -> float:
     return p_value(statistic, baseline.null_quantiles_SQ[-1], float(baseline.null_tails_S[-1]))
 
 
+def difference_p_value(baseline: Baseline, left: Summary, right: Summary) -> float:
+    """P-value of two windows having one feature mean or one channel mean, the smaller doubled; 1 without instances."""
+    num = left.num_valid * right.num_valid // max(left.num_valid + right.num_valid, 1)
+    if num == 0:
+        return 1.0
+    shift = num * float(((left.feature_mean_M - right.feature_mean_M) ** 2).sum())
+    row = scale_index(num)
+    p = p_value(shift, baseline.null_quantiles_SQ[row], float(baseline.null_tails_S[row]))
+    if len(baseline.null_quantiles_SQ) > len(SCALES):
+        gap_C = (left.channel_means_C - right.channel_means_C) @ baseline.channel_whitening_CC
+        p = min(
+            p, p_value(num * float(gap_C @ gap_C), baseline.null_quantiles_SQ[-1], float(baseline.null_tails_S[-1]))
+        )
+    return min(1.0, 2.0 * p)
+
+
 def has_two_worlds(baseline: Baseline) -> bool:
     """Whether the old world can be told from the digest's normal one: MIN_SEPARATION at SCALES[0] instances."""
     gap = float(np.linalg.norm(baseline.reference_mean_M - baseline.normal_mean_M))

@@ -18,9 +18,9 @@ import numpy as np
 
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.detector import Detector
-from orchestrator.drift.evalues import channel_p_value, feature_p_value, has_two_worlds
+from orchestrator.drift.evalues import channel_p_value, difference_p_value, feature_p_value, has_two_worlds
 from orchestrator.drift.null import SCALES
-from orchestrator.drift.statistics import merge, read
+from orchestrator.drift.statistics import Summary, merge, read
 from orchestrator.messages import Alarm, Window
 
 GLOBAL = "global"
@@ -29,7 +29,7 @@ MAX_DETECTORS = 512  # scopes kept at once; the longest unheard of goes first
 RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
 MIN_PART_INSTANCES = 64  # the latest of a replica or segment that are judged; with fewer it is not judged at all
-BLAMED_P, CLEARED_P = 1.0e-4, 0.1  # p-values that make a part the culprit, or show it is well
+BLAMED_P, CLEARED_P = 1.0e-4, 0.05  # p-values that make a part the culprit, or show it is well
 RETURN_RATIO = 0.5  # squared distance to the old world below this part of that to normal: it is back
 
 
@@ -215,23 +215,31 @@ class Monitor:
             parts: dict[str, list[Window]] = {}
             for tag, window in recent:
                 parts.setdefault(key(tag, window), []).append(window)
-            p_values = {name: self._latest_p_value(digest, windows) for name, windows in parts.items()}
-            blamed = [name for name, p in p_values.items() if p is not None and p < BLAMED_P]
-            well = [name for name, p in p_values.items() if p is not None and p > CLEARED_P]
-            unclear = [name for name, p in p_values.items() if p is not None and BLAMED_P <= p <= CLEARED_P]
-            if len(blamed) == 1 and blamed[0] and well and not unclear:
+            blamed = [name for name in parts if name and self._is_alone(digest, name, parts)]
+            if len(blamed) == 1:
                 return blamed[0]
         return GLOBAL
 
-    def _latest_p_value(self, digest: str, windows: list[Window]) -> float | None:
-        """P-value of a part's latest instances, those from before a late start of the drift left out; None: too few."""
+    def _is_alone(self, digest: str, name: str, parts: dict[str, list[Window]]) -> bool:
+        """Whether one part strayed from normal and from the others, which are well."""
+        others = sorted((w for key, windows in parts.items() if key != name for w in windows), key=lambda w: w.last_s)
+        part, rest = self._latest(digest, parts[name]), self._latest(digest, others)
+        if part is None or rest is None:
+            return False
+        baseline = self._baselines[digest]
+        return (
+            min(feature_p_value(baseline, part), channel_p_value(baseline, part)) < BLAMED_P
+            and min(feature_p_value(baseline, rest), channel_p_value(baseline, rest)) > CLEARED_P
+            and difference_p_value(baseline, part, rest) < BLAMED_P
+        )
+
+    def _latest(self, digest: str, windows: list[Window]) -> Summary | None:
+        """The latest MIN_PART_INSTANCES: a late start of the drift clears nobody. None: too few to judge."""
         latest: list[Window] = []
         for window in reversed(windows):
             latest.append(window)
             if sum(w.count for w in latest) >= MIN_PART_INSTANCES:
-                summary = read(self._baselines[digest].layout, merge(latest))
-                baseline = self._baselines[digest]
-                return min(1.0, 2.0 * min(feature_p_value(baseline, summary), channel_p_value(baseline, summary)))
+                return read(self._baselines[digest].layout, merge(latest))
         return None
 
     def _has_returned(self, digest: str, onset_s: float, scope: str) -> bool:

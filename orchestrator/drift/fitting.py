@@ -1,0 +1,116 @@
+"""The parts of a baseline that need nothing but a sample: coordinates of the embedding, calibration of the outputs.
+
+Called by `baseline.fit_baseline` only. Pure and deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.drift.sample import Sample, labelled
+from orchestrator.drift.statistics import NUM_BINS, entropies, probabilities
+from orchestrator.settings import FOURIER_FEATURES, PCA_DIMENSIONS
+
+Array = NDArray[Any]
+
+BANDWIDTH_PAIRS = 4096  # random pairs behind the median heuristic
+ROWS_PER_DIMENSION = 4  # of the PCA, at least
+_SEED = 20240229
+
+
+def fit_coordinates(reference: Sample) -> dict[str, Any]:
+    """PCA to at most 64 whitened dimensions, and Gaussian frequencies for a kernel as wide as the median distance.
+
+    Fitted on one half of the reference: whitened by its own covariance, a small sample looks narrower than fresh
+    traffic ever will. The other half gives means and the null distribution (`measured_rows`).
+    """
+    rng = np.random.default_rng(_SEED)
+    embedding_ND = np.asarray(reference.embedding_ND[~measured_rows(len(reference.logits_NK))], dtype=np.float64)
+    center_D = embedding_ND.mean(axis=0)
+    values_D, vectors_DD = np.linalg.eigh(np.atleast_2d(np.cov(embedding_ND - center_D, rowvar=False)))
+    keep = min(PCA_DIMENSIONS, max(1, len(embedding_ND) // ROWS_PER_DIMENSION), len(values_D))
+    values_P, vectors_DP = values_D[::-1][:keep], vectors_DD[:, ::-1][:, :keep]
+    used_P = values_P > max(1e-6 * values_P[0], 1e-12)
+    used_P[0] = True  # a constant embedding keeps one dimension, of zeros
+    scale_P = np.where(values_P > 1e-12, 1.0 / np.sqrt(np.maximum(values_P, 1e-12)), 0.0)[used_P]
+    projection_DP = vectors_DP[:, used_P] * scale_P
+    z_NP = (embedding_ND - center_D) @ projection_DP
+    pairs_2N = rng.integers(0, len(z_NP), size=(2, BANDWIDTH_PAIRS))
+    distance_N = np.linalg.norm(z_NP[pairs_2N[0]] - z_NP[pairs_2N[1]], axis=1)
+    width = float(np.median(distance_N[distance_N > 0])) if (distance_N > 0).any() else 1.0
+    frequencies_PF = rng.standard_normal((projection_DP.shape[1], FOURIER_FEATURES // 2)) / width
+    as32 = {"center_D": center_D, "projection_DP": projection_DP, "frequencies_PF": frequencies_PF}
+    return {name: value.astype(np.float32) for name, value in as32.items()}  # what probes compute in
+
+
+def measured_rows(num: int) -> Array:
+    """Which rows of the base's reference are kept out of the PCA: bool (num,), a random half."""
+    rows_N = np.zeros(num, dtype=np.bool_)
+    rows_N[np.random.default_rng(_SEED + 2).permutation(num)[: (num + 1) // 2]] = True
+    return rows_N
+
+
+def fit_temperature(logits_NK: Array, labels_N: Array) -> float:
+    """Temperature of least negative log likelihood among 121 in [0.1, 10]; 1.0 without labels.
+
+    Source: Guo et al. 2017, On calibration of modern neural networks.
+    """
+    if len(labels_N) == 0:
+        return 1.0
+    candidates = np.geomspace(0.1, 10.0, 121)
+    rows = np.arange(len(labels_N))
+    losses = [-np.log(np.maximum(probabilities(logits_NK, t)[rows, labels_N], 1e-12)).mean() for t in candidates]
+    return float(candidates[int(np.argmin(losses))])
+
+
+def fit_outputs(reference: Sample, normal: Sample) -> dict[str, Any]:
+    """Class shares, confusion, calibration and histogram edges."""
+    labels_N, known_N = labelled(reference)
+    num_classes = reference.logits_NK.shape[1]
+    temperature = fit_temperature(reference.logits_NK[known_N], labels_N[known_N])
+    probs_NK = probabilities(reference.logits_NK, temperature)
+    predicted_N, confidence_N = probs_NK.argmax(axis=1), probs_NK.max(axis=1)
+    truth_N = np.where(known_N, labels_N, predicted_N)
+    confusion_KK = np.zeros((num_classes, num_classes))
+    np.add.at(confusion_KK, (predicted_N, truth_N), 1.0 / len(truth_N))
+    accuracy = float((predicted_N == labels_N)[known_N].mean()) if known_N.any() else float("nan")
+    grid = np.arange(1, NUM_BINS) / NUM_BINS
+    edges_E = np.quantile(confidence_N, grid)
+    atc = float("nan")
+    if known_N.any():  # the nearest edge moves onto the threshold, so that histograms give its share exactly
+        atc = float(np.quantile(confidence_N, 1.0 - accuracy))
+        edges_E[int(np.argmin(np.abs(grid - (1.0 - accuracy))))] = atc
+        edges_E.sort()
+    bins_N = np.searchsorted(edges_E, confidence_N, side="right")
+    score_N = np.where(known_N, predicted_N == labels_N, confidence_N)
+    weight_B = np.bincount(bins_N, minlength=NUM_BINS)
+    prior = accuracy if known_N.any() else float(confidence_N.mean())
+    entropy_edges_E = np.quantile(entropies(probs_NK), grid)
+    normal_NK = probabilities(normal.logits_NK, temperature)
+    normal_bins_N = np.searchsorted(edges_E, normal_NK.max(axis=1), side="right")
+    entropy_bins_N = np.searchsorted(entropy_edges_E, entropies(normal_NK), side="right")
+    return {
+        "class_shares_K": np.bincount(normal_NK.argmax(axis=1), minlength=num_classes) / len(normal_NK),
+        "reference_class_shares_K": np.bincount(predicted_N, minlength=num_classes) / len(predicted_N),
+        "confusion_KK": confusion_KK,
+        "temperature": temperature,
+        "accuracy": accuracy,
+        "mean_confidence": float(normal_NK.max(axis=1).mean()),
+        "reference_confidence": float(confidence_N.mean()),
+        "confidence_edges_E": edges_E,
+        "entropy_edges_E": entropy_edges_E,
+        "confidence_shares_B": np.bincount(normal_bins_N, minlength=NUM_BINS) / len(normal_NK),
+        "entropy_shares_B": np.bincount(entropy_bins_N, minlength=NUM_BINS) / len(normal_NK),
+        "bin_accuracy_B": (np.bincount(bins_N, score_N, NUM_BINS) + prior) / (weight_B + 1.0),
+        "atc_threshold": atc,
+    }
+
+
+def whitening(z_NC: Array) -> Array:
+    """Matrix W such that z @ W has unit covariance; directions without variance get weight 0."""
+    values_C, vectors_CC = np.linalg.eigh(np.atleast_2d(np.cov(z_NC, rowvar=False)))
+    used_C = values_C > max(1e-6 * float(values_C[-1]), 1e-12)
+    return np.asarray(vectors_CC * np.where(used_C, 1.0 / np.sqrt(np.where(used_C, values_C, 1.0)), 0.0))

@@ -1,0 +1,134 @@
+"""Baselines: deterministic, stored without pickle, honest about small and odd samples."""
+
+import itertools
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from mixture import NUM_CHANNELS, World
+
+from orchestrator.drift.baseline import baseline_key, decode_baseline, fit_baseline, load_baseline, save_baseline
+from orchestrator.drift.null import p_value
+from orchestrator.drift.sample import rows_of
+from orchestrator.errors import DataError, IntegrityError, NotFound
+
+
+class MemoryStorage:
+    def __init__(self):
+        self.files = {}
+
+    def put(self, key, data):
+        self.files[key] = data
+
+    def get(self, key):
+        if key not in self.files:
+            raise NotFound(key)
+        return self.files[key]
+
+    def list(self, prefix):
+        return sorted(k for k in self.files if k.startswith(prefix))
+
+
+def equal(left, right):
+    return all(
+        np.array_equal(getattr(left, f.name), getattr(right, f.name), equal_nan=f.name in ("accuracy", "atc_threshold"))
+        for f in fields(left)
+    )
+
+
+def test_equal_samples_give_equal_baselines():
+    assert equal(World(1).baseline(200), World(1).baseline(200))
+
+
+def test_a_stored_baseline_is_read_back_as_it_was():
+    storage, baseline = MemoryStorage(), World(1).baseline(200)
+    save_baseline(storage, baseline)
+    assert list(storage.files) == [baseline_key(baseline.base, "base")]
+    for loaded in (load_baseline(storage, "base", baseline.base), load_baseline(storage, "base")):
+        assert equal(loaded, baseline)
+        assert isinstance(loaded.temperature, float)
+        assert isinstance(loaded.digest, str)
+
+
+def test_a_baseline_that_is_not_there_is_none_and_broken_bytes_are_an_integrity_error():
+    assert load_baseline(MemoryStorage(), "base", "b") is None
+    assert load_baseline(MemoryStorage(), "base") is None
+    with pytest.raises(IntegrityError, match="npz"):
+        decode_baseline(b"nothing")
+
+
+def test_a_digest_of_several_bases_must_be_asked_for_with_its_base():
+    storage, baseline = MemoryStorage(), World(1).baseline(64)
+    save_baseline(storage, baseline)
+    save_baseline(storage, replace(baseline, base="other"))
+    with pytest.raises(IntegrityError, match="pass base="):
+        load_baseline(storage, "base")
+
+
+def test_an_adapter_keeps_the_coordinates_of_its_base_and_knows_both_worlds():
+    world = World(2)
+    base = world.baseline(400)
+    adapter = fit_baseline("b" * 8, "a" * 64, world.sample(200), world.sample(300, shift=0.8), base, NUM_CHANNELS)
+    assert adapter.projection_DP is base.projection_DP
+    assert adapter.frequencies_PF is base.frequencies_PF
+    assert (adapter.normal_count, adapter.reference_count) == (300, 200)
+    near = np.linalg.norm(adapter.reference_mean_M - base.normal_mean_M)
+    far = np.linalg.norm(adapter.normal_mean_M - base.normal_mean_M)
+    assert far > 2 * near
+
+
+@pytest.mark.parametrize("num", [8, 9, 20])
+def test_a_tiny_reference_gives_finite_numbers(num):
+    baseline = World(3).baseline(num)
+    for f in fields(baseline):
+        value = np.asarray(getattr(baseline, f.name))
+        assert value.dtype.kind in "US" or np.isfinite(value).all(), f.name
+
+
+def test_constant_and_narrow_embeddings_are_accepted():
+    sample = World(3).sample(50)
+    constant = replace(sample, embedding_ND=np.ones((50, 5)))
+    narrow = replace(sample, embedding_ND=sample.embedding_ND[:, :1])
+    for odd in (constant, narrow):
+        baseline = fit_baseline("b", "base", odd, None, None, NUM_CHANNELS)
+        assert np.isfinite(baseline.null_quantiles_SQ).all()
+        assert baseline.projection_DP.shape[1] == 1
+
+
+def test_unlabelled_references_have_no_accuracy_but_all_else():
+    sample = replace(World(3).sample(100), labels_N=None)
+    baseline = fit_baseline("b", "base", sample, None, None, NUM_CHANNELS)
+    assert np.isnan(baseline.accuracy)
+    assert baseline.temperature == 1.0
+    assert baseline.confusion_KK.sum() == pytest.approx(1.0)
+
+
+def test_unusable_samples_are_refused_with_rule_and_value():
+    sample = World(3).sample(20)
+    with pytest.raises(DataError, match=">= 8 instances; got 7"):
+        fit_baseline("b", "base", rows_of(sample, slice(0, 7)), None, None, NUM_CHANNELS)
+    with pytest.raises(DataError, match="finite"):
+        fit_baseline("b", "base", replace(sample, logits_NK=sample.logits_NK * np.nan), None, None, NUM_CHANNELS)
+    with pytest.raises(DataError, match="4 channels; got 3"):
+        fit_baseline("b", "base", sample, None, None, 4)
+
+
+def test_above_four_channels_the_channel_means_are_not_tested():
+    sample = World(3).sample(50)
+    wide = {n: np.tile(getattr(sample, n), (1, 2)) for n in ("channel_means_NC", "channel_squares_NC")}
+    baseline = fit_baseline("b", "base", replace(sample, **wide), None, None, 6)
+    assert baseline.channel_whitening_CC.shape == (0, 0)
+    assert len(baseline.null_quantiles_SQ) == 2
+
+
+def test_p_values_fall_with_the_statistic_and_stay_positive():
+    baseline = World(3).baseline(200)
+    quantiles_Q, tail = baseline.null_quantiles_SQ[0], float(baseline.null_tails_S[0])
+    p = [p_value(t, quantiles_Q, tail) for t in np.linspace(0, 50 * quantiles_Q[-1], 400)]
+    assert p[0] == 1.0
+    assert all(a >= b > 0 for a, b in itertools.pairwise(p))
+
+
+def test_the_labelled_reference_calibrates_confidence():
+    baseline = World(4).baseline(2000)
+    assert baseline.reference_confidence == pytest.approx(baseline.accuracy, abs=0.03)
