@@ -120,9 +120,8 @@ class TrafficLog:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._due, timeout=self._patience_s())
-                if not self._due():
-                    continue
+                while not self._due():
+                    self._changed.wait(self._patience_s())  # woken by the first offer, to time out on its age
                 rows, self._rows = self._rows, deque()
                 labels, self._labels = self._labels, deque()
                 self._num_rows, self._oldest_s = 0, None
