@@ -123,11 +123,10 @@ class Controller:
             gate = self._ports.runner.evidence(search_id, state.candidate)
         with self._lock:
             now_s = self._clock()
-            alarm = self._monitor.alarm()
             return Observation(
                 now_s=now_s,
                 replicas=self._fleet.views(now_s),
-                alarm=alarm if alarm is not None and alarm.digest == state.stable else None,
+                alarm=self._monitor.alarm(),
                 diagnosis=self._diagnose(state),
                 buffered=self._buffered(state),
                 traffic_ended=self.traffic_ended,

@@ -1,6 +1,7 @@
 """Set before Ray is imported: every test cluster is private, unauthenticated on loopback, and silent."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(tempfile.gettempdir()) / f"ray-toke
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HEAL_HOME"] = tempfile.mkdtemp(prefix="heal-home-")
 
+sys.path.insert(0, str(Path(__file__).parent))  # tests share `tiny`
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -21,3 +24,11 @@ def shared_data() -> Path:
     if not (SHARED_DATA / "model.yaml").exists():
         pytest.skip(f"no CIFAR-10 drift data at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The spec of a small trained model."""
+    import tiny
+
+    return tiny.prepare(tmp_path_factory.mktemp("stripes"))

@@ -74,7 +74,7 @@ class Baseline:
     normal_channels_3C: Array  # standardised, normal: mean of means, mean of squares, sd of means over instances
     channel_whitening_CC: Array  # makes the standardised normal channel means white; (0, 0) above 4 channels
     channel_products_P: Array  # standardised, normal: mean products of channel means
-    input_low: float  # smallest and largest value seen, with a small margin
+    input_low: float  # smallest and largest value seen, with half their distance added on both sides
     input_high: float
     check_rates: Array  # of normal, in the order of statistics.CHECKS
 
@@ -193,7 +193,7 @@ def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> tuple[dic
     scale_C = np.where(sd_C > 1e-6 * (1.0 + np.abs(mu_C)), sd_C, 1.0)
     low = float(min(np.nanmin(reference.input_min_N), np.nanmin(normal.input_min_N)))
     high = float(max(np.nanmax(reference.input_max_N), np.nanmax(normal.input_max_N)))
-    margin = 0.01 * (high - low)
+    margin = 0.5 * (high - low)  # a brighter camera is drift; a missing normalisation is far outside
     found: dict[str, Any] = {"channel_mean_C": mu_C, "channel_scale_C": scale_C}
     found |= {"input_low": low - margin, "input_high": high + margin}
     scaled = Baseline(**{f.name: found.get(f.name, getattr(draft, f.name)) for f in fields(Baseline)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ import httpx
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 
 
@@ -62,12 +60,6 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
             return last
         pause.wait(0.25)
     raise AssertionError(f"waited {timeout_s} s for {what}; last seen {last!r}")
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The spec of a small trained model."""
-    return tiny.prepare(tmp_path_factory.mktemp("stripes"))
 
 
 @pytest.fixture(scope="session")
