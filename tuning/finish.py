@@ -25,6 +25,7 @@ from orchestrator.storage import Storage
 from tuning.adapter import merged_twin
 from tuning.base_model import collect_sample
 from tuning.objective import statistics_layers
+from tuning.records import plain
 from tuning.scoring import (
     calibrate,
     class_shares,
@@ -86,7 +87,7 @@ def _manifest(bench: Workbench, result: TrialResult) -> dict[str, Any]:
             "labelled": bench.buffer.num_labelled,
             "parts": {name: len(part) for name, part in bench.parts.items()},
         },
-        "trial": asdict(replace(result, error="")),
+        "trial": plain(asdict(result)),
         "request": asdict(request),
         "seeds": {"search": request.seed, "trial": result.config.seed},
     }

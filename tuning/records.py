@@ -29,14 +29,15 @@ def evidence_key(episode: str, digest: str) -> str:
 
 def encode(message: Any) -> bytes:
     """A message as JSON."""
-    return json.dumps(_plain(asdict(message)), indent=1).encode()
+    return json.dumps(plain(asdict(message)), indent=1).encode()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Mappings, lists and numbers as JSON takes them: numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
