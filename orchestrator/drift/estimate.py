@@ -17,8 +17,9 @@ from orchestrator.drift.statistics import Summary
 Array = NDArray[Any]
 
 EM_ITERATIONS = 200
-MIN_MASS = 0.05  # smallest share of the reference that a density ratio is read from ...
+MIN_MASS = 0.10  # smallest share of the reference that a density ratio is read from ...
 MIN_ROWS = 20  # ... and its smallest number of rows
+SHARE_SIGMAS = 2.5  # standard errors added to each density ratio before the smallest is taken
 MAX_SHARE_ROWS = 2000  # rows of either sample used by `reference_share`
 MAX_SHARE_DIMENSIONS = 64
 RIDGE = 1.0  # L2 penalty per coefficient of the standardised logistic regression
@@ -122,8 +123,8 @@ def reference_share(reference_ND: Array, traffic_ND: Array) -> float:
 
     traffic = a reference + (1 - a) other bounds a <= P(score > t | traffic) / P(score > t | reference) at every t. A
     cross-fitted logistic regression on principal components and their squares gives the score; a is the smallest
-    ratio over thresholds that leave MIN_MASS of the reference, each raised by two standard errors against the luck of
-    the minimum. An upper bound in kind: where drifted instances look like reference ones, it stays high.
+    ratio over thresholds that leave MIN_MASS of the reference, each raised by SHARE_SIGMAS standard errors against the
+    luck of the minimum. An upper bound in kind: where drifted instances look like reference ones, it stays high.
 
     Args:
         reference_ND: features of the reference, N >= 20.
@@ -185,11 +186,20 @@ def _fit_logistic(x_NE: Array, y_N: Array) -> Array:
 
 
 def _smallest_ratio(reference_N: Array, traffic_N: Array) -> float:
-    """Min over thresholds of (P(traffic <= t) + 2 se) / P(reference <= t): low scores look like the reference."""
+    """Min over thresholds of P(traffic <= t) / P(reference <= t), each raised by its sampling error; capped at 1.
+
+    Low scores look like the reference. Both shares err, and the smallest of many ratios is a lucky one: without the
+    raise, equal samples of some hundred rows would give 0.7 to 0.8, and a share too small makes a gate too lenient.
+    """
     thresholds_T = np.quantile(reference_N, np.linspace(MIN_MASS, 1.0, 40))
+    num_reference, num_traffic = len(reference_N), len(traffic_N)
     reference_T = (reference_N[:, None] <= thresholds_T).mean(axis=0)
-    traffic_T = (traffic_N[:, None] <= thresholds_T).mean(axis=0)
-    usable_T = reference_T * len(reference_N) >= MIN_ROWS / 2
-    slack_T = 2.0 * np.sqrt(traffic_T * (1.0 - traffic_T) / len(traffic_N))
-    ratio_T = (traffic_T + slack_T) / np.maximum(reference_T, 1e-9)
-    return float(np.clip(ratio_T[usable_T].min(), 0.0, 1.0)) if usable_T.any() else 1.0
+    usable_T = reference_T * num_reference >= MIN_ROWS / 2
+    if not usable_T.any():
+        return 1.0
+    traffic_T = ((traffic_N[:, None] <= thresholds_T).sum(axis=0) + 1.0) / (num_traffic + 2.0)
+    ratio_T = traffic_T / np.maximum(reference_T, 1e-9)
+    variance_T = traffic_T * (1.0 - traffic_T) / num_traffic
+    variance_T += ratio_T**2 * reference_T * (1.0 - reference_T) / num_reference
+    upper_T = ratio_T + SHARE_SIGMAS * np.sqrt(variance_T) / np.maximum(reference_T, 1e-9)
+    return float(np.clip(upper_T[usable_T].min(), 0.0, 1.0))

@@ -19,13 +19,13 @@ class World:
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.centres_KD = np.random.default_rng(seed + 1000).standard_normal((NUM_CLASSES, WIDTH)) * 1.5
+        self.centres_KD = np.random.default_rng(seed + 1000).standard_normal((NUM_CLASSES, WIDTH)) * 0.8
 
     def sample(self, num: int, shift: float = 0.0, priors: list[float] | None = None) -> Sample:
         labels_N = self.rng.choice(NUM_CLASSES, num, p=priors)
         x_ND = self.centres_KD[labels_N] + self.rng.standard_normal((num, WIDTH))
         x_ND = (1.0 - 0.5 * min(shift, 1.0)) * x_ND + shift * np.linspace(-1.0, 1.0, WIDTH)
-        logits_NK = 0.6 * (x_ND @ self.centres_KD.T - 0.5 * (self.centres_KD**2).sum(axis=1))
+        logits_NK = x_ND @ self.centres_KD.T - 0.5 * (self.centres_KD**2).sum(axis=1)
         light_N1 = 10.0 * self.rng.standard_normal((num, 1))
         means_NC = CHANNEL_LEVELS + light_N1 + 4.0 * self.rng.standard_normal((num, NUM_CHANNELS))
         return Sample(
