@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -22,6 +22,7 @@ from orchestrator.messages import Command, Mode
 from serve_app.protocol import load_json
 from serve_app.web import ModelPort, read_body, reply, route
 
+PAGE = Path(__file__).parent / "page" / "index.html"
 STREAM_S = 10.0  # an event stream is closed after this: an open one holds a request slot of the replica
 POLL_S = 0.5
 MAX_COMMAND_BYTES = 65_536
@@ -38,7 +39,7 @@ def add_control(api: FastAPI, model: Callable[[], ModelPort]) -> None:
         return found
 
     async def page() -> Response:
-        return HTMLResponse(files("serve_app").joinpath("page/index.html").read_text("utf-8"))
+        return HTMLResponse(PAGE.read_text("utf-8"))
 
     async def state(request: Request) -> Response:
         return reply(await viewing(request).control("state"))
