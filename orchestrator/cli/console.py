@@ -1,0 +1,32 @@
+"""What all commands share: output as text or JSON, and how a command ends."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+FINE, NOT_FINE, CANNOT = 0, 1, 2  # exit codes: all is well; a verdict that is not, or nothing to do; usage or failure
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[
+    str | None, typer.Option("--url", envvar="HEAL_URL", help="The running service [default: http://127.0.0.1:8000].")
+]
+Service = Annotated[str | None, typer.Option("--service", help="Its name, to find its token on this machine.")]
+StorageUri = Annotated[str | None, typer.Option("--storage", help="Read a service's records here instead.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the journal.")]
+
+
+def show_json(value: Any) -> None:
+    """Print one JSON document."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def finish(code: int) -> None:
+    """End the command with an exit code."""
+    raise typer.Exit(code)
