@@ -144,14 +144,15 @@ class Controller:
         episode = state.episode
         if episode is None or episode.alarm is None or episode.diagnosis is not None:
             return None
-        window = self._monitor.since(episode.alarm.onset_s, episode.alarm.digest)
+        alarm = self._monitor.attribute(episode.alarm)
+        window = self._monitor.since(alarm.onset_s, alarm.digest, alarm.scope)
         wanted = self.config.settings.diagnosis_instances
         if window is None or (window.count < wanted and not self.traffic_ended):
             return None
-        baseline = self._monitor.baseline(episode.alarm.digest)
+        baseline = self._monitor.baseline(alarm.digest)
         if baseline is None:
             return None
-        return diagnose(baseline, window, episode.alarm, len(self._fleet.views(self._clock())), self.config.settings)
+        return diagnose(baseline, window, alarm, len(self._fleet.views(self._clock())), self.config.settings)
 
     def _buffered(self, state: State) -> int:
         if state.episode is None or state.episode.alarm is None:

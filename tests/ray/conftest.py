@@ -65,6 +65,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[int]:
     """A Ray with Serve's proxy on a free loopback port; yields the port."""
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores start processes slowly
     import ray
     from ray import serve
 
