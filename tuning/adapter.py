@@ -105,9 +105,9 @@ class AdapterHandle:
 
     def shift_bias(self, offset_K: np.ndarray) -> None:
         """Adds `offset_K` (K,) to the bias of the one saved layer: a logit correction."""
-        layer = self.module.get_submodule(self.targets.saved[0])
+        bias = self.module.get_submodule(self.targets.saved[0]).get_parameter("bias")
         with torch.no_grad():
-            layer.bias.add_(torch.as_tensor(offset_K, dtype=layer.bias.dtype, device=layer.bias.device))
+            bias.add_(torch.as_tensor(offset_K, dtype=bias.dtype, device=bias.device))
 
 
 def attach(module: nn.Module, config: TrialConfig) -> AdapterHandle:
@@ -129,7 +129,7 @@ def attach(module: nn.Module, config: TrialConfig) -> AdapterHandle:
     deltas = {}
     for name in targets.lora:
         layer = module.get_submodule(name)
-        deltas[name] = LoraDelta(layer.weight, config.adapter_rank, 1.0, generator)
+        deltas[name] = LoraDelta(layer.get_parameter("weight"), config.adapter_rank, 1.0, generator)
         parametrize.register_parametrization(layer, "weight", deltas[name])
     for name in targets.trained:
         module.get_submodule(name).requires_grad_(True)

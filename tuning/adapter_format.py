@@ -82,7 +82,7 @@ def _expected(module: nn.Module, config: dict[str, Any]) -> dict[str, tuple[int,
         layer = module.get_submodule(name)
         if not accepts_lora(layer):
             raise AdapterError(f"LoRA goes on Linear and plain Conv2d layers; {name} is {type(layer).__name__}")
-        weight = layer.weight
+        weight = layer.get_parameter("weight")
         rank = _rank(config, name)
         ones = (1,) * (weight.ndim - 2)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, *weight.shape[1:])
@@ -146,7 +146,7 @@ def merged_twin(module: nn.Module, config: dict[str, Any], tensors: dict[str, np
         array = torch.from_numpy(np.array(value))  # a copy: loaded arrays may be read-only
         if key.endswith(".lora_A.weight"):
             name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            weight = module.get_submodule(name).weight
+            weight = module.get_submodule(name).get_parameter("weight")
             b = torch.from_numpy(np.array(tensors[f"{PREFIX}{name}.lora_B.weight"]))
             delta = lora_delta(array.float(), b.float(), _scaling(config, name))
             _replace(twin, f"{name}.weight", weight.detach().float().cpu() + delta)

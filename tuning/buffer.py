@@ -149,7 +149,8 @@ def _choose(index: dict[str, list[object]], wanted: int) -> list[int]:
     predictions = index["prediction"]
     cap = CLASS_CAP * budget / len({predictions[i] for i in pool})
     taken: Counter[object] = Counter()
-    within, beyond = [], []
+    within: list[int] = []
+    beyond: list[int] = []
     for i in pool:
         taken[predictions[i]] += 1
         (within if taken[predictions[i]] <= cap else beyond).append(i)

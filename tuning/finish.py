@@ -191,7 +191,7 @@ def _visible(sample: Sample) -> np.ndarray:
     """Embedding beside the input's channel means and deviations: (N, D + 2C)."""
     means_NC, squares_NC = sample.channel_means_NC, sample.channel_squares_NC
     spread_NC = np.sqrt(np.maximum(squares_NC - means_NC**2, 0.0))
-    return np.nan_to_num(np.concatenate([sample.embedding_ND, means_NC, spread_NC], axis=1))
+    return np.asarray(np.nan_to_num(np.concatenate([sample.embedding_ND, means_NC, spread_NC], axis=1)))
 
 
 def _shift(bench: Workbench, sample: Sample) -> float:

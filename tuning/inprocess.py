@@ -6,7 +6,6 @@ trials, the choice of the winner and the gate's figures are the very same as und
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -17,12 +16,8 @@ from orchestrator.storage import Storage
 from tuning.finish import measure, register_winner
 from tuning.records import encode, read_evidence, read_status, started_key, write_evidence, write_status
 from tuning.scoring import choose_winner
-from tuning.trainable import Exported, TrialRun
-from tuning.workbench import Workbench, load_workbench
-
-HOPELESS = 0.02  # a trial this far below the best score after an epoch is stopped
-
-log = logging.getLogger("rayheal")
+from tuning.sequential import describe, run_trials
+from tuning.workbench import load_workbench
 
 
 class InProcessRunner:
@@ -85,7 +80,8 @@ class InProcessRunner:
         bench = load_workbench(self._storage, request)
         base_score = bench.score(bench.module, [])["score"]
         cold_start_s = time.monotonic() - start
-        trials = self._run_trials(bench, time.time() + max(0.0, request.budget_s - cold_start_s))
+        deadline_s = time.time() + max(0.0, request.budget_s - cold_start_s)
+        trials = run_trials(bench, bench.configurations(), deadline_s, self._on_trial)
         results = [result for result, _ in trials]
         winner = choose_winner(results, base_score)
         digest = None
@@ -104,35 +100,3 @@ class InProcessRunner:
             buffered=len(bench.buffer),
             message=describe(winner, base_score, results),
         )
-
-    def _run_trials(self, bench: Workbench, deadline_s: float) -> list[tuple[TrialResult, Exported | None]]:
-        """One after the other, cheapest first; the first runs in any case, the others while there is time."""
-        trials: list[tuple[TrialResult, Exported | None]] = []
-        for number, config in enumerate(bench.configurations()):
-            if number and time.time() >= deadline_s:
-                break
-            trials.append(_run_trial(bench, TrialRun, config, f"{bench.request.episode}-{number}", deadline_s, trials))
-            if self._on_trial is not None:
-                self._on_trial(trials[-1][0])
-        return trials
-
-
-def _run_trial(bench, make, config, trial_id, deadline_s, before):  # type: ignore[no-untyped-def]
-    best = max((r.score for r, _ in before if r.status != "failed"), default=float("-inf"))
-    try:
-        run = make(bench, config, trial_id, deadline_s)
-        while not run.done:
-            if run.step()["score"] < best - HOPELESS:
-                return run.result("stopped"), run.export()
-        return run.result(), run.export()
-    except (HealError, RuntimeError) as error:  # out of memory, an op the device lacks: the others may still work
-        log.warning("trial %s failed: %s", trial_id, error)
-        return TrialResult(trial_id, config, "failed", error=f"{type(error).__name__}: {error}"), None
-
-
-def describe(winner: TrialResult | None, base_score: float, results: list[TrialResult]) -> str:
-    """The choice in one line, with its inequality."""
-    if winner is not None:
-        return f"{winner.config.placement} score {winner.score:.3f} > base {base_score:.3f}"
-    best = max((r.score for r in results if r.score == r.score), default=float("nan"))
-    return f"no trial beat the base by the margin: best score {best:.3f}, base {base_score:.3f}"

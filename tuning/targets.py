@@ -90,7 +90,7 @@ def _head(module: nn.Module, with_bias: bool) -> str:
         raise AdapterError("placement head needs a linear layer; the model has none")
     if with_bias and module.get_submodule(linear[-1]).bias is None:
         raise AdapterError(f"placement logit_correction needs a bias in the last linear layer; {linear[-1]} has none")
-    return linear[-1]
+    return str(linear[-1])
 
 
 def saved_by_peft(module: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 
 from orchestrator.errors import AdapterError
 from orchestrator.messages import Placement, TrialConfig, TrialResult
+from orchestrator.storage import Storage
 from tuning.adapter import attach
 from tuning.objective import (
     NO_TRAINING,
@@ -186,6 +187,11 @@ class TrialRun:
         self._best, self.epoch, self.seconds = meta["best"], int(meta["epoch"]), float(meta["seconds"])
 
 
-def read_checkpoint(folder: Path) -> Exported:
-    """The best adapter in a checkpoint that `TrialRun.save` wrote."""
-    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / _BEST)
+def read_checkpoint(storage: Storage, prefix: str) -> Exported:
+    """The best adapter in a checkpoint that `TrialRun.save` wrote, by its key prefix on the storage.
+
+    Raises:
+        NotFound: it was removed.
+    """
+    config = json.loads(storage.get(f"{prefix}/adapter_config.json"))
+    return config, load(storage.get(f"{prefix}/{_BEST}"))

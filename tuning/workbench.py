@@ -37,7 +37,7 @@ from tuning.scoring import (
 CALIBRATION_ROWS = 384  # of the reference's fit part; at most a fifth of it. Standard error of an accuracy: 2 points
 MIN_TRAFFIC = 32  # fewer instances than this in any part: nothing can be learned or judged
 
-_cache: dict[tuple[str, str], Workbench] = {}
+_cache: dict[tuple[str, str, str], Workbench] = {}
 _cache_lock = threading.Lock()
 
 
@@ -100,7 +100,8 @@ class Workbench:
             temperature = float(self.baseline.temperature)
             score = prior_shift_score(logits, self._correction()[1], choose.labels)
         else:
-            temperature = calibrate(module, layers, self.calibration.inputs, self.calibration.labels, self.device)
+            held = self.calibration
+            temperature = calibrate(module, layers, held.inputs, _labels(held), self.device)
             score = covariate_score(logits, temperature, choose.labels, self.baseline.reference_class_shares_K)
         accuracy = float(right.mean()) if len(right) else float("nan")
         return {"score": float(score), "labelled_accuracy": accuracy, "temperature": temperature}
@@ -122,7 +123,7 @@ def load_workbench(storage: Storage, request: SearchRequest, keep: bool = True) 
     Raises:
         DataError: too little traffic was stored in the request's window; the message gives both numbers.
     """
-    key = (storage.uri, request.episode)
+    key = (storage.uri, request.episode, request.trial_device)
     with _cache_lock:
         if keep and key in _cache:
             return _cache[key]
