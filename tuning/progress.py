@@ -1,7 +1,8 @@
 """What is known of a running search: shared by Tune's thread and the search actor's calls, and kept on the storage.
 
 Nothing here is ever unpickled: after a restart the trials that had a checkpoint are read back from JSON and
-safetensors, and only the others run again (`Tuner.restore` would unpickle what anyone who can write the storage put there).
+safetensors, and only the others run again: `Tuner.restore` would unpickle what anyone who can write the storage put
+there.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class RayTrialRunner:
         if status.state in ("finished", "failed"):
             self._final[episode] = status
             self._asked.pop(episode, None)
-        else:
+        elif status.state == "running":
             self._last[episode] = status
         return status
 
