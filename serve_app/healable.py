@@ -31,7 +31,8 @@ from serve_app.feedback import LabelBook
 from serve_app.forward import Answer, Ask, Pass, Runner, split
 from serve_app.heartbeat import Link, Pulse
 from serve_app.link import connect as connect_ray
-from serve_app.link import replica_identity
+from serve_app.link import deployed_s as serve_deployed_s
+from serve_app.link import replica_tag
 from serve_app.observer import Observer
 from serve_app.probes import Probes
 from serve_app.publish import publish
@@ -84,9 +85,8 @@ class Healable:
         self.storage = open_storage(storage)
         self.device = resolve_device(device) if device else _device_of(module)
         base = base or publish(self.storage, self.spec, module)
-        self._tag, known_s = replica_identity()
-        self._incarnation = uuid.uuid4().hex
-        since_s = known_s if deployed_s is None else deployed_s
+        self._tag, self._incarnation = replica_tag(), uuid.uuid4().hex
+        since_s = serve_deployed_s() if deployed_s is None else deployed_s
         self.config = ServiceConfig(service or self.spec.name, self.storage.uri, base, checked, since_s)
         module = module.to(self.device).eval()
         sample = np.zeros((1, *self.spec.input_shape), dtype=self.spec.numpy_dtype)

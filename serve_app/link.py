@@ -7,18 +7,23 @@ Called by `Healable` (heartbeats) and `ModelServer` (`/healing` routes). The fac
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import socket
 import uuid
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.serve.exceptions import RayServeException
 
 from orchestrator.errors import ServiceError
 from orchestrator.messages import Report, Target
 from orchestrator.settings import ORCHESTRATOR_FACTORY, ServiceConfig
 from serve_app.heartbeat import LinkError
+
+log = logging.getLogger("rayheal")
 
 
 class RayLink:
@@ -59,23 +64,32 @@ def connect(config: ServiceConfig) -> RayLink:
     return RayLink(factory(config))
 
 
-def replica_identity() -> tuple[str, float]:
-    """Tag of the Serve replica this process is, and when its application was deployed (seconds since the epoch).
+def replica_tag() -> str:
+    """Tag of the Serve replica this process is; one of host and process outside Serve."""
+    context = _serve_context()
+    if context is None:
+        return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return str(context.replica_tag)
 
-    Outside Serve: a tag of host and process, and 0.
+
+def deployed_s() -> float:
+    """When this replica's application was deployed (seconds since the epoch), equal on all of its replicas.
+
+    0 outside Serve and where Serve does not say: an orchestrator that runs then keeps its settings.
     """
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    if not ray.is_initialized():
-        return _process_tag(), 0.0
+    context = _serve_context()
+    if context is None:
+        return 0.0
     try:
-        context = serve.get_replica_context()
+        found = serve.status().applications.get(context.app_name)
+    except (RayError, RayServeException, TimeoutError) as error:
+        log.warning("Serve does not say when the application was deployed: %s", error)
+        return 0.0
+    return float(found.last_deployed_time_s) if found else 0.0
+
+
+def _serve_context() -> Any:
+    try:
+        return serve.get_replica_context() if ray.is_initialized() else None
     except RayServeException:
-        return _process_tag(), 0.0
-    application = serve.status().applications.get(context.app_name)
-    return context.replica_tag, float(application.last_deployed_time_s) if application else 0.0
-
-
-def _process_tag() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -125,3 +127,12 @@ def test_store_none_writes_labels_and_no_inputs(storage: Storage) -> None:
     assert storage.list("traffic/base=") == []
     assert len(storage.list("traffic/labels/")) == 1
     assert log.dropped == 0
+
+
+def test_writing_does_not_import_pandas_into_a_replica() -> None:
+    code = (
+        "import sys, numpy as np; from serve_app.traffic import Rows, _traffic_table;"
+        "_traffic_table([Rows(('a/0',), 1.0, '', 'base', 0, np.zeros((1, 2, 3), np.uint8), np.zeros((1, 4)))]);"
+        "assert 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(traffic.__file__).parents[1])
