@@ -115,7 +115,7 @@ class ModelReplica:
             raise found
         return found
 
-    @serve.batch(max_batch_size=DEFAULT_BATCH_ROWS, batch_wait_timeout_s=0.0, batch_size_fn=_rows)  # type: ignore[untyped-decorator]
+    @serve.batch(max_batch_size=DEFAULT_BATCH_ROWS, batch_wait_timeout_s=0.0, batch_size_fn=_rows)
     async def _batched(self, asks: list[Ask]) -> list[Answer | Exception]:
         return await self._run(asks)
 

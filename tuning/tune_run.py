@@ -20,7 +20,7 @@ OVERTIME_S = 10.0  # trials end by themselves at the deadline; what is still the
 _live: dict[str, Progress] = {}  # by episode: Tune pickles callbacks and stoppers, so they look their state up here
 
 
-class _Watch(tune.Callback):  # type: ignore[misc]
+class _Watch(tune.Callback):
     """Tells `Progress` what Tune's trials do."""
 
     def __init__(self, episode: str) -> None:
@@ -63,7 +63,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         _live[self._episode].write()
 
 
-class _Stop(tune.Stopper):  # type: ignore[misc]
+class _Stop(tune.Stopper):
     """Ends all trials when the search is cancelled or out of time, also those that still wait for resources."""
 
     def __init__(self, episode: str) -> None:

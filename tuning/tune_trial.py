@@ -56,7 +56,7 @@ def _words(config: dict[str, Any]) -> str:
     return "-".join(parts)
 
 
-class HealTrial(tune.Trainable):  # type: ignore[misc]
+class HealTrial(tune.Trainable):
     """Adapter trial; one Tune iteration is one epoch."""
 
     _run: TrialRun | None = None

@@ -226,7 +226,8 @@ class Demo:
 
     def _episode(self) -> dict[str, Any] | None:
         """The record of the first episode that was still open when the drift began, or opened since."""
-        found = [e for e in self._client.get("/healing/episodes") if (e["closed_s"] or 1e18) >= self._drifted.first_s]
+        began_s = self._drifted.first_s or 0.0
+        found = [e for e in self._client.get("/healing/episodes") if (e["closed_s"] or began_s) >= began_s]
         return found[0] if found else None
 
     def _report(self, measured: dict[str, float | None], ended: bool) -> dict[str, Any]:

@@ -32,9 +32,16 @@ class Service:
         return {"Authorization": f"Bearer {self.tokens[role]}"}
 
     def state(self) -> dict[str, Any]:
-        reply = httpx.get(f"{self.url}/healing", headers=self.auth("viewer"), timeout=10)
-        reply.raise_for_status()
-        return reply.json()
+        """The orchestrator's state; it may be away for a while (503) when a test killed it."""
+
+        def ask() -> dict[str, Any] | None:
+            reply = httpx.get(f"{self.url}/healing", headers=self.auth("viewer"), timeout=10)
+            if reply.status_code == 503:
+                return None
+            reply.raise_for_status()
+            return reply.json()
+
+        return wait_for(ask, 30, "the orchestrator to answer")
 
     def infer(self, client: httpx.Client, images: np.ndarray, version: str | None = None) -> dict[str, Any]:
         """One request by the binary protocol's JSON part; raises on any status but 200."""

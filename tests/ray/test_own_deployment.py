@@ -11,11 +11,11 @@ import httpx
 import numpy as np
 import pytest
 import ray
-import tiny
 from conftest import FAST, wait_for
 from ray import serve
 from user_app import HealableClassifier, PlainClassifier
 
+import tiny
 from orchestrator.actor import actor_name
 from orchestrator.settings import NAMESPACE
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import tiny
 
+import tiny
 from orchestrator.messages import Kind, Placement, SearchRequest
 from orchestrator.registry import load_adapter, publish_model
 from orchestrator.settings import NAMESPACE

@@ -12,10 +12,11 @@ import httpx
 import jsonschema
 import numpy as np
 import pytest
-import tiny
 import tritonclient.http as triton
 from conftest import Service, wait_for
 from tritonclient.utils import InferenceServerException
+
+import tiny
 
 # The response of the inference API, from the Open Inference Protocol's published OpenAPI description
 # (specification/protocol/open_inference_rest.yaml, InferenceResponse and ResponseOutput).

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from orchestrator.controller import Controller
 from orchestrator.drift.baseline import Baseline, load_baseline
 from orchestrator.journal import Journal, verify_journal

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 
+import tiny
 from orchestrator.messages import Kind, SearchRequest
 from orchestrator.registry import publish_model
 from orchestrator.spec import load_spec
