@@ -202,6 +202,7 @@ class Healable:
 
     def _report(self, sequence: int) -> Report:
         now_s, current, seen = time.time(), self._twins.current, self._observer
+        counts = seen.counts()
         return Report(
             replica_tag=self._tag,
             incarnation=self._incarnation,
@@ -212,12 +213,10 @@ class Healable:
             versions=self._twins.versions,
             windows=seen.windows.take(now_s),
             labels=self._book.take(),
-            requests=seen.requests,
-            instances=seen.instances,
-            errors=seen.errors,
             dropped=self._traffic.dropped + seen.windows.dropped + self._book.dropped,
             failure=self._failure,
             sent_s=now_s,
+            **counts,
         )
 
     def _apply(self, target: Target) -> None:

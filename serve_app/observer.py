@@ -46,9 +46,6 @@ class Observer:
 
     def observe(self, served: Served, asks: Sequence[Ask], done: Pass, answers: Sequence[Answer]) -> None:
         """Account for a pass that answered `asks`; `answers` in the same order."""
-        with self._lock:
-            self.requests += len(asks)
-            self.instances += len(done.logits)
         try:
             self._summarise(served.digest, asks, done, time.time())
             if self._traffic.store != "none":
@@ -58,6 +55,14 @@ class Observer:
             if not self._complained:
                 log.exception("a batch could not be monitored; further ones are not reported")
             self._complained = True
+        with self._lock:  # last: instances that a report counts are in its windows or in earlier ones
+            self.requests += len(asks)
+            self.instances += len(done.logits)
+
+    def counts(self) -> dict[str, int]:
+        """Requests, instances and errors since this process began; read before windows are taken."""
+        with self._lock:
+            return {"requests": self.requests, "instances": self.instances, "errors": self.errors}
 
     def _summarise(self, digest: str, asks: Sequence[Ask], done: Pass, now_s: float) -> None:
         probe = self._probes.get(digest)

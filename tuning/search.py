@@ -95,9 +95,10 @@ class RayTrialRunner:
             self._asked.pop(episode, None)
             return None
         waiting = SearchStatus("running", message="the search actor starts")
-        question = self._asked.setdefault(episode, handle.status.remote())
-        done, _ = ray.wait([question], timeout=ANSWER_S)
-        if not done:
+        question = self._asked.get(episode)
+        if question is None or ray.wait([question], timeout=0)[0]:  # an old answer is stale
+            question = self._asked[episode] = handle.status.remote()
+        if not ray.wait([question], timeout=ANSWER_S)[0]:
             return self._last.get(episode, waiting)
         del self._asked[episode]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -81,6 +82,7 @@ def fit(request: SearchRequest, configs: list[TrialConfig], resources: TrialReso
     """One Tune run over `configs`; results arrive in `progress`. Blocks until it ended."""
     storage = open_storage(request.storage)
     _live[request.episode] = progress
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new reporter prints tables even at verbose=0
     # A crashed trial is not retried: that would read Tune's own pickled metadata back.
     tuner = tune.Tuner(
         HealTrial,
@@ -100,7 +102,7 @@ def fit(request: SearchRequest, configs: list[TrialConfig], resources: TrialReso
             storage_path=f"{storage.uri}/trials",
             stop=_Stop(request.episode),
             callbacks=[_Watch(request.episode)],
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_frequency=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),

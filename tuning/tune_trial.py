@@ -98,8 +98,9 @@ class HealTrial(tune.Trainable):
         self._run.load(Path(checkpoint))
 
     def __repr__(self) -> str:
-        """Shown in the dashboard and in log lines."""
-        return f"HealTrial({_words(self.config)})" if getattr(self, "config", None) else "HealTrial"
+        """Shown in the dashboard and in log lines; Ray asks once per process, which runs many trials of one episode."""
+        config = getattr(self, "config", None)
+        return f"HealTrial({config['request']['episode']})" if config else "HealTrial"
 
 
 def read_outcome(result: dict[str, Any]) -> TrialResult:

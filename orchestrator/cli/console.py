@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,8 +11,10 @@ from rich.console import Console
 
 FINE, NOT_FINE, CANNOT = 0, 1, 2  # exit codes: all is well; a verdict that is not, or nothing to do; usage or failure
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+WIDTH = 160  # of what is not a terminal: a log keeps its lines whole
+
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+err = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[

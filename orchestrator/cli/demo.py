@@ -71,6 +71,7 @@ def local_service(inputs: DemoInputs, options: DemoOptions) -> Iterator[tuple[st
     """A Ray cluster of our own with the service on it: yields URL and service name; all of it ends with the block."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy laptop starts processes slowly
     from orchestrator import launch
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -145,6 +146,7 @@ class Demo:
     def __init__(self, client: Client, inputs: DemoInputs, options: DemoOptions, view: View) -> None:
         self._client, self._inputs, self._options, self._view = client, inputs, options, view
         self._spec = inputs.spec
+        self._away = ""  # why the orchestrator last did not answer
         self._data = {"clean": inputs.clean, "drifted": inputs.drifted}
         labeller = None
         if options.labels not in ("none", "0"):
@@ -201,7 +203,9 @@ class Demo:
         try:
             return self._client.state()
         except ServiceError as error:
-            self._view.say(str(error))
+            if str(error) != self._away:
+                self._view.say(str(error))
+            self._away = str(error)
             return None
 
     def _clean_enough(self, state: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from orchestrator.cli import convert, doctor, records, runs, service
 from orchestrator.cli.console import CANNOT
 from orchestrator.errors import HealError
 
-app = typer.Typer(
+cli = typer.Typer(
     name="heal",
     help="Notices that a deployed PyTorch model drifts, and heals it.",
     no_args_is_help=True,
@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for part in (runs, service, records, convert, doctor):
-    part.register(app)
+    part.register(cli)
 
 
 # Typer carries its own copy of click and exports only the ends of its exception tree.
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run `heal` with these arguments (default: the process's own); the exit code."""
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = cli(args=arguments, standalone_mode=False)
     except _USAGE_ERROR as error:
         said = error.format_message() if hasattr(error, "format_message") else str(error)
         return _say(said or "name a command; see heal --help")

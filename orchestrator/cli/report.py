@@ -151,7 +151,9 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     provisional = " (provisional: until labels confirm it)" if report["provisional"] else ""
     table.add_row("verdict", f"[bold]{report['verdict']}[/bold]{provisional}")
     table.add_row("reason", str(report["reason"]))
-    table.add_row("drift", f"{report['drift']['kind']}, alarm after {report['drift']['alarm_after']} instances")
+    after = report["drift"]["alarm_after"]
+    alarm = "no alarm" if after is None else f"alarm after {after} instances"
+    table.add_row("drift", f"{report['drift']['kind']}, {alarm}")
     table.add_row("accuracy", f"clean {_share(accuracy['clean_before'])} -> {_share(accuracy['clean_after'])}")
     table.add_row("", f"traffic {_share(accuracy['traffic_before'])} -> {_share(accuracy['traffic_after'])}")
     table.add_row("recovered", _share(report["recovered"]))

@@ -16,6 +16,7 @@ from orchestrator.registry import load_adapter, publish_model
 from orchestrator.settings import NAMESPACE
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
+from tuning.records import encode
 from tuning.search import RayTrialRunner
 
 TIMEOUT_S = 240.0
@@ -129,7 +130,7 @@ def test_a_search_finds_a_winner_that_the_gate_can_measure(world):
     assert evidence.error == ""
     assert evidence.shift_candidate < evidence.shift_base
     assert evidence.reference_share < 0.3
-    assert RayTrialRunner("stripes", storage).status("e1") == runner.status("e1")
+    assert encode(RayTrialRunner("stripes", storage).status("e1")) == encode(runner.status("e1"))
 
 
 def test_a_killed_search_actor_goes_on_from_its_records(world):
