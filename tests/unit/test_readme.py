@@ -22,8 +22,8 @@ def test_every_file_named_in_the_readme_exists() -> None:
 def test_every_heal_command_named_in_the_readme_exists() -> None:
     from typer.main import get_command
 
-    from orchestrator.cli.main import app
+    from orchestrator.cli.main import cli
 
-    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    known = set(get_command(cli).commands)  # type: ignore[attr-defined]
     for name in re.findall(r"^\.venv/bin/heal ([a-z]+)", (ROOT / "README.md").read_text(), re.M):
         assert name in known, f"heal {name} is in the README but is no command"
