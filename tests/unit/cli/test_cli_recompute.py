@@ -38,9 +38,9 @@ def test_a_generation_that_names_two_digests_is_counted() -> None:
     assert two_faced([reply(1.0, BASE, 0), reply(2.0, "a", 1), reply(3.0, BASE, 2)]) == 0
 
 
-def test_replies_of_another_version_than_claimed_are_found(tmp_path: Path) -> None:
+def test_replies_of_another_version_than_claimed_are_found(stripes: Path, tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "storage"))
-    base = publish_model(storage, load_spec(tiny.prepare(tmp_path / "model")))
+    base = publish_model(storage, load_spec(stripes / "model.yaml"))
     images, _ = tiny.make(4, seed=5)
     recomputer = Recomputer(storage, base)
     right = recomputer.logits(BASE, images)

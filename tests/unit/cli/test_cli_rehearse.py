@@ -29,13 +29,19 @@ def unlabelled(source: Path, target: Path) -> Path:
     return target
 
 
-def test_recorded_drift_heals_without_a_label_column(stripes: Path, tmp_path: Path) -> None:
-    traffic = unlabelled(stripes / "drifted.parquet", tmp_path / "bare.parquet")
-    storage = str(tmp_path / "records")
-    code, report = rehearse(
-        stripes, traffic, tmp_path, "--eval", str(stripes / "eval.parquet"), "--labels", "none", "--storage", storage
-    )
+@pytest.fixture(scope="module")
+def healed(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """A rehearsal of drifted traffic without a label column: its storage and its report."""
+    folder = tmp_path_factory.mktemp("healed")
+    traffic, storage = unlabelled(stripes / "drifted.parquet", folder / "bare.parquet"), str(folder / "records")
+    measured = ["--eval", str(stripes / "eval.parquet"), "--labels", "none", "--storage", storage]
+    code, report = rehearse(stripes, traffic, folder, *measured)
     assert (code, report["verdict"]) == (0, "healed"), report["reason"]
+    return storage, report
+
+
+def test_recorded_drift_heals_without_a_label_column(healed: tuple[str, dict[str, Any]]) -> None:
+    storage, report = healed
     assert report["accuracy"]["traffic_after"] > report["accuracy"]["traffic_before"] + 0.1
     assert report["recovered"] > 0.3
     assert 0 < report["drift"]["alarm_after"] <= 960
@@ -44,13 +50,12 @@ def test_recorded_drift_heals_without_a_label_column(stripes: Path, tmp_path: Pa
 
 
 def test_a_recorded_episode_can_be_read_back_and_explained(
-    stripes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    healed: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    storage = str(tmp_path / "records")
-    rehearse(stripes, stripes / "drifted.parquet", tmp_path, "--storage", storage)
-    capsys.readouterr()
+    storage, report = healed
     assert run(["history", "--storage", storage, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found[0]["winner"] == report["adapter"]["digest"]
     assert run(["explain", found[0]["id"], "--storage", storage]) == 0
     story = capsys.readouterr().out
     assert "diagnosis: covariate_harmful" in story
@@ -68,19 +73,19 @@ def test_clean_traffic_raises_no_alarm(stripes: Path, tmp_path: Path) -> None:
     assert report["accuracy"]["traffic_before"] is None
 
 
-def test_two_rehearsals_of_one_file_decide_alike(stripes: Path, tmp_path: Path) -> None:
-    first = rehearse(stripes, stripes / "drifted.parquet", tmp_path)[1]
-    second = rehearse(stripes, stripes / "drifted.parquet", tmp_path)[1]
-    for report in (first, second):
+def test_two_rehearsals_of_one_file_decide_alike(
+    stripes: Path, healed: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    again = rehearse(stripes, stripes / "drifted.parquet", tmp_path, "--eval", str(stripes / "eval.parquet"))[1]
+    for report in (first := json.loads(json.dumps(healed[1])), again):
         del report["seconds"]
         for trial in report["trials"]:
             del trial["seconds"]
-    assert first == second
+    assert first == again
 
 
-@pytest.mark.parametrize("labels", ["64", "all"])
-def test_labels_that_are_told_reach_the_search(stripes: Path, tmp_path: Path, labels: str) -> None:
-    _, report = rehearse(stripes, stripes / "drifted.parquet", tmp_path, "--labels", labels)
+def test_labels_that_are_told_reach_the_search(stripes: Path, tmp_path: Path) -> None:
+    _, report = rehearse(stripes, stripes / "drifted.parquet", tmp_path, "--labels", "all")
     assert any(trial["labelled_accuracy"] is not None for trial in report["trials"])
 
 
