@@ -211,7 +211,7 @@ class Healable:
             generation=current.generation,
             digest=current.digest,
             versions=self._twins.versions,
-            windows=seen.windows.take(now_s),
+            windows=seen.take(now_s),
             labels=self._book.take(),
             dropped=self._traffic.dropped + seen.windows.dropped + self._book.dropped,
             failure=self._failure,

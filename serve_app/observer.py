@@ -9,18 +9,34 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from orchestrator.messages import Window
+from orchestrator.settings import WINDOW_INSTANCES, WINDOW_S
 from serve_app.forward import Answer, Ask, Pass
 from serve_app.probes import Probes
 from serve_app.traffic import Rows, TrafficLog
 from serve_app.twins import Served
 from serve_app.windows import Windows
 
+KEPT_BYTES = 8 << 20  # inputs waiting for their window, of one version and segment
+
 log = logging.getLogger("rayheal")
+
+
+@dataclass
+class _Kept:
+    """Rows of one (digest, segment) that are not summed yet."""
+
+    first_s: float
+    last_s: float = 0.0
+    count: int = 0
+    num_bytes: int = 0
+    passes: list[Pass] = field(default_factory=list)
 
 
 class Observer:
@@ -37,6 +53,7 @@ class Observer:
         self.requests = self.instances = self.errors = 0  # since this process began
         self._probes, self._traffic = probes, traffic
         self._lock = threading.Lock()
+        self._kept: dict[tuple[str, str], _Kept] = {}
         self._complained = False
 
     def count_errors(self, count: int) -> None:
@@ -64,21 +81,48 @@ class Observer:
         with self._lock:
             return {"requests": self.requests, "instances": self.instances, "errors": self.errors}
 
+    def take(self, now_s: float) -> tuple[Window, ...]:
+        """Windows for a report, those of rows that waited for WINDOW_S included."""
+        for key in [k for k, kept in tuple(self._kept.items()) if now_s - kept.first_s >= WINDOW_S]:
+            self._reduce(key)
+        return self.windows.take(now_s)
+
     def _summarise(self, digest: str, asks: Sequence[Ask], done: Pass, now_s: float) -> None:
-        probe = self._probes.get(digest)
-        if probe is None:
+        if self._probes.get(digest) is None:
             return
         rows: dict[str, list[slice]] = {}
         start = 0
         for ask in asks:
             if ask.monitor:
-                rows.setdefault(ask.segment, []).append(slice(start, start + len(ask.inputs)))
+                segment = self.windows.segment(ask.segment)
+                rows.setdefault(segment, []).append(slice(start, start + len(ask.inputs)))
             start += len(ask.inputs)
+        owned = _owned(done)
         for segment, slices in rows.items():
-            seen = (done.inputs, done.embedding, done.logits)
-            count = sum(s.stop - s.start for s in slices)
-            inputs, embedding, logits = seen if count == start else (_pick(t, slices) for t in seen)
-            self.windows.add(digest, segment, count, now_s, probe.observe(inputs, embedding, logits))
+            whole = sum(s.stop - s.start for s in slices) == start
+            self._keep((digest, segment), owned if whole else _pick(owned, slices), now_s)
+
+    def _keep(self, key: tuple[str, str], fresh: Pass, now_s: float) -> None:
+        """Gather rows up to a window: one reduction of 32 rows costs little more than one of a single row."""
+        with self._lock:
+            kept = self._kept.setdefault(key, _Kept(now_s))
+            kept.passes.append(fresh)
+            kept.last_s = now_s
+            kept.count += len(fresh.logits)
+            kept.num_bytes += fresh.inputs.nbytes
+            full = kept.count >= WINDOW_INSTANCES or kept.num_bytes >= KEPT_BYTES
+        if full:
+            self._reduce(key)
+
+    def _reduce(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            kept = self._kept.pop(key, None)
+        probe = self._probes.get(key[0])
+        if kept is None or probe is None:  # another thread was faster, or the version was retired meanwhile
+            return
+        seen = [(p.inputs, p.embedding, p.logits) for p in kept.passes]
+        columns = seen[0] if len(seen) == 1 else tuple(torch.cat(column) for column in zip(*seen, strict=True))
+        self.windows.add(*key, kept.count, kept.last_s, probe.observe(*columns), kept.first_s)
 
     def _store(self, ask: Ask, answer: Answer, now_s: float) -> None:
         if not ask.monitor:
@@ -97,8 +141,18 @@ def _own(inputs: Any) -> Any:
     return inputs.copy() if inputs.flags.writeable else inputs
 
 
-def _pick(values: torch.Tensor, slices: list[slice]) -> torch.Tensor:
-    return values[slices[0]] if len(slices) == 1 else torch.cat([values[s] for s in slices])
+def _owned(done: Pass) -> Pass:
+    """The same values in memory that no caller can write to: rows wait for their window."""
+    logits = done.logits.clone()
+    embedding = logits if done.embedding is done.logits else done.embedding
+    return Pass(done.inputs.clone(), logits, embedding)
+
+
+def _pick(done: Pass, slices: list[slice]) -> Pass:
+    def rows(values: torch.Tensor) -> torch.Tensor:
+        return values[slices[0]] if len(slices) == 1 else torch.cat([values[s] for s in slices])
+
+    return Pass(rows(done.inputs), rows(done.logits), rows(done.embedding))
 
 
 def _to_numpy(sums: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.statistics import CHANNEL_CLIP, EMBEDDING_CLIP, NUM_BINS, Layout
 from orchestrator.settings import FEATURE_SCALE
 
+HASHED_VALUES = 512  # of an input, beside its extremes, that two inputs must share to count as duplicates
 _HASH_SEED = 977
 
 
@@ -42,7 +43,8 @@ class Probe:
         pairs = self.layout.pairs
         self._left = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)
         self._right = torch.tensor([j for _, j in pairs], dtype=torch.long, device=device)
-        self._weights: torch.Tensor | None = None
+        self._known: tuple[torch.Size, torch.Tensor, torch.Tensor | None] | None = None
+        self._hash: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
     def _constant(self, values: object, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.array(values, copy=True)).to(device=self._device, dtype=dtype)
@@ -60,11 +62,11 @@ class Probe:
             int64 (layout.size,) on the device.
         """
         valid_N = embedding_ND.isfinite().all(dim=1) & logits_NK.isfinite().all(dim=1)
+        flat_NV = inputs.flatten(1)
         parts = {"features": self._features(embedding_ND, valid_N)}
         parts |= self._outputs(logits_NK, valid_N)
-        values = inputs if inputs.is_floating_point() else inputs.float()
-        parts |= self._channels(values)
-        parts["checks"] = self._checks(values, valid_N)
+        parts |= self._channels(flat_NV, inputs.shape)
+        parts["checks"] = self._checks(flat_NV, valid_N)
         return torch.cat([parts[name] for name in self.layout.slices])
 
     def _features(self, embedding_ND: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
@@ -85,21 +87,16 @@ class Probe:
             "confidence_sum": _quantised_sum(torch.where(valid_N, confidence_N, 0.0)[:, None]),
         }
 
-    def _per_channel(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, positions, C), by the same rule as `tuning.base_model.input_moments`."""
-        if self._input_layout == "F" or values.ndim < 3:
-            return values.reshape(len(values), 1, -1)
-        if self._input_layout == "CHW" and values.ndim > 3:
-            return values.flatten(2).transpose(1, 2)
-        return values.reshape(len(values), -1, values.shape[-1])
-
-    def _channels(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Standardised before they are averaged: squares about the mean do not cancel in float32."""
-        x_NPC = self._per_channel(values)
-        if x_NPC.shape[1] == 1:
-            x_NPC = x_NPC.double()  # a table: cheap, and its columns may be large
-        d_NPC = (x_NPC - self._mu_C.to(x_NPC.dtype)) / self._scale_C.to(x_NPC.dtype)
-        z_NC, v_NC = d_NPC.mean(dim=1).double(), d_NPC.square().mean(dim=1).double()
+    def _channels(self, flat_NV: torch.Tensor, shape: torch.Size) -> dict[str, torch.Tensor]:
+        """Squares are taken about the reference mean, which does not cancel in float32; sums are matrix products."""
+        mu_V, select_VC = self._positions(shape)
+        if select_VC is None:  # a table: cheap, and its columns may be large
+            z_NC = (flat_NV.double() - self._mu_C) / self._scale_C
+            v_NC = z_NC.square()
+        else:
+            d_NV = flat_NV - mu_V
+            z_NC = self._by_channel(d_NV, select_VC, shape, flat_NV) / self._scale_C
+            v_NC = self._by_channel(d_NV.square_(), select_VC, shape, flat_NV) / self._scale_C.square()
         usable_NC = z_NC.isfinite() & v_NC.isfinite()
         z_NC = torch.where(usable_NC, z_NC.clamp(-CHANNEL_CLIP, CHANNEL_CLIP), 0.0)
         v_NC = torch.where(usable_NC, v_NC.clamp(0.0, CHANNEL_CLIP**2), 1.0)
@@ -109,28 +106,69 @@ class Probe:
             "channel_products": _quantised_sum(z_NC[:, self._left] * z_NC[:, self._right]),
         }
 
-    def _checks(self, values: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-        flat_NV = values.flatten(1)
-        missing_NV = flat_NV.isnan()
-        low_N = torch.where(missing_NV, torch.inf, flat_NV).amin(dim=1)
-        high_N = torch.where(missing_NV, -torch.inf, flat_NV).amax(dim=1)
-        hash_N = (flat_NV * self._hash_weights(flat_NV.shape[1])).sum(dim=1).sort().values
+    def _by_channel(
+        self, values_NV: torch.Tensor, select_VC: torch.Tensor, shape: torch.Size, inputs_NV: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean over the positions of each channel, float64 (N, C)."""
+        if not inputs_NV.is_floating_point():
+            return (values_NV @ select_VC).double()
+        if self._input_layout == "CHW" and len(shape) > 3:  # floats may be NaN, which a product spreads to all channels
+            return values_NV.view(len(values_NV), shape[1], -1).mean(dim=2).double()
+        return values_NV.view(len(values_NV), -1, shape[-1]).mean(dim=1).double()
+
+    def _positions(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Reference mean of each flat position, and the matrix that averages positions by channel (None for tables).
+
+        Which channel a position belongs to follows the rule of `tuning.base_model.input_moments`.
+        """
+        if self._known is None or self._known[0] != shape[1:]:
+            one = torch.arange(shape[1:].numel()).reshape(shape[1:])
+            if self._input_layout == "F" or len(shape) < 3:
+                self._known = (shape[1:], self._mu_C, None)
+                return self._mu_C, None
+            first = self._input_layout == "CHW" and len(shape) > 3
+            num = shape[1] if first else shape[-1]
+            channel_V = (one // (one.numel() // num) if first else one % num).flatten()
+            select_VC = torch.nn.functional.one_hot(channel_V, num).float() * (num / one.numel())
+            self._known = (shape[1:], self._mu_C.float()[channel_V.to(self._device)], select_VC.to(self._device))
+        return self._known[1], self._known[2]
+
+    def _checks(self, flat_NV: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
+        low_N, high_N, nan_N = _extremes(flat_NV)
+        if self._hash is None or self._hash[0] != flat_NV.shape[1]:
+            self._hash = (flat_NV.shape[1], *_hash_positions(flat_NV.shape[1], self._device))
+        _, positions, weights = self._hash
+        # Products and sums row by row: equal inputs agree in every bit, which a matrix product does not promise.
+        hash_N = (flat_NV[:, positions].double() * weights).sum(dim=1) + low_N * 0.123456789 + high_N * 0.987654321
+        ordered_N = hash_N.sort().values
         return torch.stack(
             [
-                (~flat_NV.isfinite()).any(dim=1).sum(),
+                nan_N.sum(),
                 (~valid_N).sum(),
                 (low_N == high_N).sum(),
                 ((low_N < self._low) | (high_N > self._high)).sum(),
-                (hash_N[1:] == hash_N[:-1]).sum(),
+                (ordered_N[1:] == ordered_N[:-1]).sum(),
             ]
         )
 
-    def _hash_weights(self, width: int) -> torch.Tensor:
-        """A random projection in float64: equal inputs agree in every bit, others practically never."""
-        if self._weights is None or len(self._weights) != width:
-            drawn = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(_HASH_SEED))
-            self._weights = drawn.to(self._device)
-        return self._weights
+
+def _extremes(flat_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of each row, NaN ignored, float64; and whether it holds a non-finite value."""
+    if not flat_NV.is_floating_point():
+        none_N = torch.zeros(len(flat_NV), dtype=torch.bool, device=flat_NV.device)
+        return flat_NV.amin(dim=1).double(), flat_NV.amax(dim=1).double(), none_N
+    missing_NV = flat_NV.isnan()
+    low_N = torch.where(missing_NV, torch.inf, flat_NV).amin(dim=1).double()
+    high_N = torch.where(missing_NV, -torch.inf, flat_NV).amax(dim=1).double()
+    return low_N, high_N, missing_NV.any(dim=1) | low_N.isinf() | high_N.isinf()
+
+
+def _hash_positions(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to HASHED_VALUES positions spread over the input, and a random weight for each."""
+    count = min(width, HASHED_VALUES)
+    positions = torch.linspace(0, width - 1, count, dtype=torch.float64).round().long()
+    weights = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(_HASH_SEED))
+    return positions.to(device), weights.to(device)
 
 
 def _quantised_sum(values_NX: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,12 @@ class Windows:
         self._segments.add(name)
         return name
 
-    def add(self, digest: str, segment: str, count: int, now_s: float, sums: Any) -> None:
-        """Count `count` >= 1 instances that `digest` answered at `now_s`; `sums` belongs to this object afterwards."""
-        fresh = _Open(count, now_s, now_s, sums)
+    def add(self, digest: str, segment: str, count: int, now_s: float, sums: Any, first_s: float | None = None) -> None:
+        """Count `count` >= 1 instances that `digest` answered from `first_s` (None: `now_s`) to `now_s`.
+
+        `sums` belongs to this object afterwards.
+        """
+        fresh = _Open(count, now_s if first_s is None else first_s, now_s, sums)
         with self._lock:
             key = (digest, self._kept(segment))
             window = self._open.get(key)

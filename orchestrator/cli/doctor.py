@@ -68,7 +68,10 @@ def _check_model(found: list[dict[str, str]], spec: Any) -> None:
     module.to(device)
     where = "the logits (no linear layer before them)"
     tap = _try(
-        found, "embedding", lambda: feature_tap(module, spec, data.inputs[:2].copy()), lambda t: f"input of {t.name or where}"
+        found,
+        "embedding",
+        lambda: feature_tap(module, spec, data.inputs[:2].copy()),
+        lambda t: f"input of {t.name or where}",
     )
     if tap is None or parts is None:
         return

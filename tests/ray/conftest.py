@@ -84,7 +84,13 @@ def cluster() -> Iterator[int]:
         include_dashboard=False,
         _temp_dir=tempfile.mkdtemp(prefix="heal-", dir="/tmp"),
         log_to_driver=os.environ.get("HEAL_TEST_LOGS") == "1",
-        runtime_env={"env_vars": {"HEAL_HOME": os.environ["HEAL_HOME"], "OMP_NUM_THREADS": "1"}},
+        runtime_env={
+            "env_vars": {
+                "HEAL_HOME": os.environ["HEAL_HOME"],
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(__file__).parent),  # workers import `user_app`
+            }
+        },
     )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
