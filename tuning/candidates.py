@@ -15,7 +15,9 @@ ADAPTER_RANKS = (8, 4, 16)
 # Learning rates: without labels 1e-3 loses accuracy from the first epoch on, 2e-4 gains (gaussian_noise, 4 epochs).
 UNLABELLED_RATES = (2e-4, 5e-4, 1e-4)
 LABELLED_RATES = (1e-3, 3e-4, 3e-3)
-REPLAY_WEIGHTS = (0.5, 1.0, 0.0)
+# Replay costs half as much again; without labels it changed neither accuracy (.802 and .799) nor the clean loss (.64).
+UNLABELLED_REPLAY = (0.0, 0.5, 1.0)
+LABELLED_REPLAY = (0.5, 1.0, 0.0)
 
 
 def search_space(request: SearchRequest, module: nn.Module) -> list[TrialConfig]:
@@ -58,13 +60,14 @@ def _grid(request: SearchRequest, placement: Placement, labelled: bool) -> Itera
     """Variants of one placement: the setting that did best in trials first, then one change at a time."""
     has_rank = placement in (Placement.EARLY, Placement.ALL)
     rates = LABELLED_RATES if labelled else UNLABELLED_RATES
-    for i in range(len(rates)):
+    weights = LABELLED_REPLAY if labelled else UNLABELLED_REPLAY
+    for rate, weight in zip(rates, weights, strict=True):
         for adapter_rank in ADAPTER_RANKS if has_rank else (0,):
             yield TrialConfig(
                 placement=placement,
                 adapter_rank=adapter_rank,
-                learning_rate=rates[i],
-                replay_weight=REPLAY_WEIGHTS[i],
+                learning_rate=rate,
+                replay_weight=weight,
                 epochs=request.epochs,
                 seed=request.seed,
             )
