@@ -20,7 +20,7 @@ NUM_CLEAN_ROWS = 1500  # traffic repeats its images, every time transformed anew
 NUM_DRIFTED_ROWS = 2400
 SPLIT_SEED, CLEAN_SEED, DRIFT_SEED = 0, 1, 2
 
-# A lens fogs over: blur, washed-out contrast, sensor noise; strength varies from image to image. Measured with the model
+# A lens fogs over: blur, washed-out contrast, sensor noise; strength varies by image. Measured with the model
 # of `prepare` on the eval images: accuracy 0.973 -> 0.411, and 0.983 again by normalisation statistics alone, which
 # cost 20 points on clean images. Stronger fog (contrast 0.4-0.6, sigma 1-2): 0.17-0.22 on three training seeds.
 BLUR_KERNEL, BLUR_SIGMA = 9, (1.0, 1.6)  # pixels

@@ -159,6 +159,35 @@ def test_segments_of_one_batch_are_told_apart(started: Any) -> None:
     assert counts == {"a": 120, "b": 40}
 
 
+def test_equal_inputs_of_different_requests_are_duplicates_within_one_window(started: Any) -> None:
+    memory = Memory()
+    model = started(memory)
+    put_baseline(model)
+    memory.wait(lambda r: model._probes.get(BASE) is not None)
+    x = images(1)
+    for _ in range(32):
+        model.infer(x)
+        x = x.copy()
+    memory.wait(lambda r: bool(r.windows))
+    (window,) = [w for r in memory.reports for w in r.windows]
+    layout = model._probes.get(BASE).layout
+    assert (window.count, int(window.sums[layout.slices["checks"]][-1])) == (32, 31)
+
+
+def test_rows_short_of_a_window_are_reported_after_a_second(started: Any) -> None:
+    memory = Memory()
+    model = started(memory)
+    put_baseline(model)
+    memory.wait(lambda r: model._probes.get(BASE) is not None)
+    inputs = torch.from_numpy(images(3))
+    model(inputs)
+    inputs.zero_()  # the caller may reuse its tensor while the rows wait
+    memory.wait(lambda r: bool(r.windows))
+    (window,) = [w for r in memory.reports for w in r.windows]
+    assert window.count == 3
+    assert int(window.sums[model._probes.get(BASE).layout.slices["checks"]][-1]) == 0
+
+
 def test_late_label_joins_what_was_predicted_and_reaches_report_and_storage(started: Any) -> None:
     memory = Memory()
     model = started(memory)
