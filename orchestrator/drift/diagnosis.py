@@ -210,15 +210,30 @@ def _find_priors(case: _Case) -> _Finding | None:
     num, row = summary.num_valid, scale_index(summary.num_valid)
     expected_M = now_K @ baseline.class_means_KM
     residual = distance_statistic(summary.feature_mean_M, expected_M, num, max(int(effective), 1), TOLERANCE)
-    count = baseline.normal_count
-    before = distance_statistic(summary.feature_mean_M, baseline.normal_mean_M, num, count, TOLERANCE)
     p = p_value(residual, baseline.null_quantiles_SQ[row], float(baseline.null_tails_S[row]))
-    center = float(baseline.null_quantiles_SQ[row][0])  # T is never 0: measure what is left above its null
-    if p < PRIOR_RESIDUAL_P or residual - center > PRIOR_MAX_RESIDUAL * max(before - center, 0.0):
+    left, before = _prior_gaps(baseline, summary, now_K, per_class_K)
+    # Not rejected is not the same as fits: few reference rows of a class forgive any residual, so it is measured too.
+    if p < PRIOR_RESIDUAL_P or left > PRIOR_MAX_RESIDUAL * max(before, 0.0):
         return None
     reason = f"class shares alone explain the shift (change {change:.2f}): residual p {p:.3f} >= {PRIOR_RESIDUAL_P}"
     priors = {f"prior_{k}": float(value) for k, value in enumerate(now_K)}
-    return _Finding(Kind.PRIOR_SHIFT, reason, {"residual_p": p, "residual": residual, "shift": before, **priors})
+    return _Finding(Kind.PRIOR_SHIFT, reason, {"residual_p": p, "residual": left, "shift": before, **priors})
+
+
+def _prior_gaps(baseline: Baseline, summary: Summary, now_K: Array, per_class_K: Array) -> tuple[float, float]:
+    """Squared distance of the window's feature mean to the reweighted reference, and to normal; both less chance.
+
+    A feature vector has length sqrt(F / 2), so a class whose mean is mu spreads F / 2 - |mu|^2 about it.
+    """
+    length = len(baseline.normal_mean_M) / 2.0
+    class_spread_K = (length - (baseline.class_means_KM**2).sum(axis=1)) * per_class_K / np.maximum(per_class_K - 1, 1)
+    by_chance = float(
+        (now_K * class_spread_K).sum() / summary.num_valid + (now_K**2 * class_spread_K / per_class_K).sum()
+    )
+    left = float(((summary.feature_mean_M - now_K @ baseline.class_means_KM) ** 2).sum()) - by_chance
+    spread = length - float((baseline.normal_mean_M**2).sum())
+    before = float(((summary.feature_mean_M - baseline.normal_mean_M) ** 2).sum())
+    return left, before - spread * (1.0 / summary.num_valid + 1.0 / baseline.normal_count)
 
 
 def _weigh_harm(case: _Case, loss: float) -> _Finding:
