@@ -87,7 +87,7 @@ def _value_of_bins(baseline: Baseline) -> Array:
     if np.isfinite(baseline.accuracy):
         first = int(np.searchsorted(baseline.confidence_edges_E, baseline.atc_threshold, side="right"))
         values.append(np.arange(len(edges_B)) >= first)
-    return np.mean(values, axis=0)
+    return np.asarray(np.mean(values, axis=0))
 
 
 def _variance(value_B: Array, shares_B: Array) -> float:
