@@ -24,6 +24,7 @@ from orchestrator.messages import Command, Report, Target
 from orchestrator.ports import Ports
 from orchestrator.registry import write_stable
 from orchestrator.settings import NAMESPACE, ServiceConfig
+from orchestrator.snapshots import Snapshots
 from orchestrator.storage import Storage, open_storage
 from tuning.prepare import prepare_base
 from tuning.search import RayTrialRunner
@@ -94,6 +95,7 @@ class Orchestrator:
             records=Journal(storage, keys),
             baselines=_Baselines(storage, config),
             stable=_Stable(storage, config.base),
+            snapshots=Snapshots(storage, config.base),
         )
         self._controller = Controller(config, ports, time.time, keys.feedback_key)
         self._stopping = threading.Event()

@@ -10,6 +10,7 @@ its edges only as `ports`. Three rules order everything here:
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from orchestrator.state import (
     ResetMonitor,
     State,
 )
+
+log = logging.getLogger("rayheal")
 
 MAX_LABELS = 100_000  # joined labels kept in memory
 MAX_EVENTS = 1_000  # journal entries kept in memory for the page
@@ -73,8 +76,9 @@ class Controller:
         self._missing: dict[str, int] = {}
         self._stable_published: tuple[int, str] | None = None
         self._problem = ""
-        self._since_s = clock()
+        self._since_s = self._snapshot_s = clock()
         self._state = self._recover()
+        self._restore_monitor()
 
     # ------------------------------------------------------------ heartbeats: memory only
 
@@ -112,6 +116,7 @@ class Controller:
                 self._commands.popleft()
         for action in actions:
             self._act(action)
+        self._save_monitor()
 
     def _observe(self) -> Observation:
         state = self._state
@@ -235,6 +240,27 @@ class Controller:
                     self._monitor.reset(digest)
             case Record():
                 pass  # written before the state was taken over
+
+    def _save_monitor(self) -> None:
+        """Once in `snapshot_s`; nobody waits for it: heartbeats are let in before it is written."""
+        now_s = self._clock()
+        if now_s - self._snapshot_s < self.config.settings.snapshot_s:
+            return
+        self._snapshot_s = now_s
+        with self._lock:
+            data = self._monitor.snapshot()
+        self._ports.snapshots.save(data)
+
+    def _restore_monitor(self) -> None:
+        """Continue the tests of the stable digest where the last snapshot left them."""
+        try:
+            data = self._ports.snapshots.load()
+            if data is not None:
+                self._monitor.restore(data)
+        except HealError as error:  # a lost snapshot costs detection delay; a service that does not start costs more
+            log.warning("the drift tests start afresh: %s", error)
+        if self._monitor.watched not in (None, self._state.stable):  # promoted since: a new normal
+            self._monitor.reset(self._state.stable)
 
     def _recover(self) -> State:
         """The journaled state; a first start and a new base are journaled as such."""

@@ -60,6 +60,16 @@ class Stable(Protocol):
         """Replace it."""
 
 
+class MonitorSnapshots(Protocol):
+    """The drift monitor's state across restarts."""
+
+    def save(self, data: bytes) -> None:
+        """Replace it."""
+
+    def load(self) -> bytes | None:
+        """The last one, or None."""
+
+
 @dataclass(frozen=True)
 class Ports:
     """All edges of one controller."""
@@ -68,3 +78,4 @@ class Ports:
     records: Records
     baselines: Baselines
     stable: Stable
+    snapshots: MonitorSnapshots

@@ -90,6 +90,7 @@ class Probe:
             "confidence": _histogram(confidence_N, self._confidence_edges_E, ones_N),
             "entropy": _histogram(entropy_N, self._entropy_edges_E, ones_N),
             "confidence_sum": _quantised_sum(torch.where(valid_N, confidence_N, 0.0)[:, None]),
+            "entropy_sum": _quantised_sum(torch.where(valid_N, entropy_N, 0.0)[:, None]),
         }
 
     def _channels(self, flat_NV: torch.Tensor, shape: torch.Size) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from orchestrator.messages import BASE, Mode, Phase, TrialResult, Verdict
 from orchestrator.ports import Ports
 from orchestrator.registry import fetch_model, load_published_spec, publish_model, write_stable
 from orchestrator.settings import WINDOW_INSTANCES, HealSettings, ServiceConfig
+from orchestrator.snapshots import Snapshots
 from orchestrator.spec import ModelSpec, load_spec
 from orchestrator.storage import Storage, open_storage
 from tuning.base_model import build_module, resolve_device
@@ -129,6 +130,7 @@ class Rehearsal:
             records=Journal(self.storage, keys),
             baselines=_Baselines(self.storage, base),
             stable=_Stable(self.storage, base),
+            snapshots=Snapshots(self.storage, base),
         )
         config = ServiceConfig("rehearsal", self.storage.uri, base, settings, START_S)
         self._controller = Controller(config, ports, lambda: self._now_s)

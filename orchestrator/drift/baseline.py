@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.drift.fitting import fit_coordinates, fit_outputs, fit_sketch, measured_rows, whitening
-from orchestrator.drift.null import SCALES, calibrate
-from orchestrator.drift.sample import Sample, rows_of, true_classes
+from orchestrator.drift.fitting import fit_coordinates, fit_outputs, fit_sketch
+from orchestrator.drift.null import gaussian_table
+from orchestrator.drift.sample import Sample, true_classes
 from orchestrator.drift.statistics import (
     CHECKS,
     NUM_BINS,
     Layout,
     count_checks,
+    entropies,
     fourier_features,
     probabilities,
     standardised_channels,
     standardised_inputs,
 )
+from orchestrator.drift.yardstick import Yardstick, class_means, fit_yardstick, score_weights, whitening_mix
 from orchestrator.errors import DataError, IntegrityError, NotFound
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ __all__ = ["Baseline", "Sample", "baseline_key", "decode_baseline", "fit_baselin
 Array = NDArray[Any]
 
 MIN_INSTANCES = 8
+ENTROPY_SHARE = 0.05  # of the variance of the outputs' residual that its entropy makes up
+TOLERANCE = 1.0e-4  # squared distance of the outputs, in total variances, that is never drift
+INPUT_TOLERANCE = 5.0e-3  # the same for the input channels: light changes over a day
+MAX_TESTED_CHANNELS = 64  # wider tables are tested by their embedding alone
 _SEED = 20240230
 
 
@@ -55,9 +61,9 @@ class Baseline:
     reference_mean_M: Array  # features of the old world under this digest; equal to normal for the base
     normal_count: int
     reference_count: int
-    null_quantiles_SQ: Array  # of T, at null.SURVIVAL_Q; a row per scale and, with <= 4 channels, one for their means
-    null_tails_S: Array  # mean excess of T beyond the last quantile
-    direction_scale: float  # standard deviation, per instance, of normal features along normal -> reference
+    outputs: Yardstick  # normal embedding and entropy, by predicted class
+    inputs: Yardstick | None  # normal channel means and squares; None for tables of > MAX_TESTED_CHANNELS columns
+    classes_table_T: Array  # null of the predicted class shares, see `null.tail_table`
     class_shares_K: Array  # predicted, normal
     reference_class_shares_K: Array  # predicted, reference
     class_means_KM: Array  # reference feature mean of each true class (predicted class where unlabelled)
@@ -75,7 +81,6 @@ class Baseline:
     channel_mean_C: Array  # reference, input units: the origin of standardised channels
     channel_scale_C: Array  # standard deviation over all positions, input units, > 0
     normal_channels_3C: Array  # standardised, normal: mean of means, mean of squares, sd of means over instances
-    channel_whitening_CC: Array  # makes the standardised normal channel means white; (0, 0) above 4 channels
     channel_products_P: Array  # standardised, normal: mean products of channel means
     sketch_mean_S: Array  # of an image's sketch on the reference, input units; S = 0 for tables
     sketch_scale_S: Array  # standard deviation over instances, input units, > 0
@@ -101,8 +106,20 @@ def baseline_key(base: str, digest: str) -> str:
 def save_baseline(storage: Storage, baseline: Baseline) -> None:
     """Write a baseline (npz without pickle); an older one of the same digest is replaced atomically."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{f.name: np.asarray(getattr(baseline, f.name)) for f in fields(baseline)})
+    np.savez(buffer, allow_pickle=False, **_flat(baseline))
     storage.put(baseline_key(baseline.base, baseline.digest), buffer.getvalue())
+
+
+def _flat(value: Baseline | Yardstick, prefix: str = "") -> dict[str, Array]:
+    """Every entry as an array; those of a yardstick as `outputs.means_KW` and the like."""
+    found: dict[str, Array] = {}
+    for f in fields(value):
+        entry = getattr(value, f.name)
+        if isinstance(entry, Yardstick):
+            found |= _flat(entry, f"{prefix}{f.name}.")
+        elif entry is not None:
+            found[prefix + f.name] = np.asarray(entry)
+    return found
 
 
 def load_baseline(storage: Storage, digest: str, base: str | None = None) -> Baseline | None:
@@ -134,10 +151,20 @@ def decode_baseline(data: bytes) -> Baseline:
     """Baseline from the bytes of its npz; IntegrityError when an entry is missing or the bytes are no npz."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            values = {f.name: stored[f.name] for f in fields(Baseline)}
+            values = {name: stored[name] for name in stored.files}
+        sticks = {name: _stick(values, name) for name in ("outputs", "inputs")}
+        plain: dict[str, Any] = {f.name: values[f.name] for f in fields(Baseline) if f.name not in sticks}
     except (KeyError, ValueError, OSError) as error:
         raise IntegrityError(f"a baseline must be an npz with all its entries; got {error}; fit it anew") from error
-    return Baseline(**{name: value if value.ndim else value.item() for name, value in values.items()})
+    plain = {name: value if value.ndim else value.item() for name, value in plain.items()}
+    return Baseline(**plain | sticks)
+
+
+def _stick(values: dict[str, Array], name: str) -> Yardstick | None:
+    if name == "inputs" and f"{name}.means_KW" not in values:
+        return None
+    found: dict[str, Any] = {f.name: values[f"{name}.{f.name}"] for f in fields(Yardstick)}
+    return Yardstick(**found | {"tolerance": found["tolerance"].item()})
 
 
 def fit_baseline(
@@ -169,11 +196,9 @@ def fit_baseline(
     values |= fit_coordinates(reference) if base_baseline is None else _coordinates_of(base_baseline)
     values |= fit_outputs(reference, normal or reference)
     draft = Baseline(**{f.name: values.get(f.name, np.zeros(0)) for f in fields(Baseline)})
-    inputs, channels_NC = _fit_inputs(draft, reference, normal or reference)
-    values |= inputs
-    rows_N = measured_rows(len(reference.logits_NK)) if base_baseline is None else slice(None)
-    values |= _fit_features(draft, rows_of(reference, rows_N), normal, channels_NC)
-    return Baseline(**values)
+    values |= _fit_inputs(draft, reference, normal or reference)
+    draft = Baseline(**{f.name: values.get(f.name, np.zeros(0)) for f in fields(Baseline)})
+    return Baseline(**values | _fit_features(draft, reference, normal or reference))
 
 
 def _require_usable(name: str, sample: Sample, num_channels: int) -> None:
@@ -191,8 +216,8 @@ def _coordinates_of(base_baseline: Baseline) -> dict[str, Any]:
     return {name: getattr(base_baseline, name) for name in names}
 
 
-def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> tuple[dict[str, Any], Array]:
-    """Channel moments, range of values and the rates of input checks; and the normal channel means, whitened."""
+def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> dict[str, Any]:
+    """Channel moments, the sketch, range of values and the rates of input checks."""
     means_NC = np.asarray(reference.channel_means_NC, dtype=np.float64)
     squares_NC = np.asarray(reference.channel_squares_NC, dtype=np.float64)
     usable_N = np.isfinite(means_NC).all(axis=1) & np.isfinite(squares_NC).all(axis=1)
@@ -216,8 +241,7 @@ def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> tuple[dic
     inputs_NX = standardised_inputs(scaled, checks)
     found["normal_inputs_2X"] = np.stack([inputs_NX.mean(axis=0), inputs_NX.std(axis=0)])
     found |= _fit_classes(scaled, reference)
-    found["channel_whitening_CC"] = whitening(z_NC) if pairs else np.zeros((0, 0))
-    return found, z_NC @ found["channel_whitening_CC"] if pairs else np.zeros((0, 0))
+    return found
 
 
 def _fit_classes(scaled: Baseline, reference: Sample) -> dict[str, Any]:
@@ -236,28 +260,40 @@ def _fit_classes(scaled: Baseline, reference: Sample) -> dict[str, Any]:
     return {"class_inputs_KX": inputs_KX, "class_confidence_KB": shares_KB, "class_counts_K": counts_K}
 
 
-def _fit_features(draft: Baseline, reference: Sample, normal: Sample | None, channels_NC: Array) -> dict[str, Any]:
-    """Feature means of both worlds, the null distribution, class-conditional means."""
+def _fit_features(draft: Baseline, reference: Sample, normal: Sample) -> dict[str, Any]:
+    """Feature means of both worlds, class-conditional means, and what the tests measure by."""
     rng = np.random.default_rng(_SEED)
     reference_NM = fourier_features(draft, reference.embedding_ND)
-    normal_NM = reference_NM if normal is None else fourier_features(draft, normal.embedding_ND)
-    nulls = [calibrate(normal_NM, num, rng) for num in SCALES]
-    if channels_NC.size:
-        nulls.append(calibrate(channels_NC, SCALES[0], rng))
+    normal_NM = reference_NM if normal is reference else fourier_features(draft, normal.embedding_ND)
     truth_N = true_classes(reference)
     means_KM = np.tile(reference_NM.mean(axis=0), (draft.num_classes, 1))
     for k in np.unique(truth_N):
         means_KM[k] = reference_NM[truth_N == k].mean(axis=0)
-    direction_M = reference_NM.mean(axis=0) - normal_NM.mean(axis=0)
-    length = float(np.linalg.norm(direction_M))
-    along_N = normal_NM @ (direction_M / length) if length > 0 else np.zeros(len(normal_NM))
     return {
         "normal_mean_M": normal_NM.mean(axis=0),
         "reference_mean_M": reference_NM.mean(axis=0),
         "normal_count": len(normal_NM),
         "reference_count": len(reference_NM),
-        "null_quantiles_SQ": np.stack([quantiles_Q for quantiles_Q, _ in nulls]),
-        "null_tails_S": np.array([tail for _, tail in nulls]),
-        "direction_scale": float(along_N.std()),
+        "outputs": _fit_outputs_stick(draft, normal, normal_NM, rng),
+        "inputs": _fit_inputs_stick(draft, normal, rng),
+        "classes_table_T": gaussian_table(np.ones(max(draft.num_classes - 1, 1)), rng),
         "class_means_KM": means_KM.astype(np.float32),
     }
+
+
+def _fit_outputs_stick(draft: Baseline, normal: Sample, normal_NM: Array, rng: np.random.Generator) -> Yardstick:
+    entropy_N1 = entropies(probabilities(normal.logits_NK, draft.temperature))[:, None]
+    raw_NV = np.concatenate([normal_NM, entropy_N1], axis=1)
+    predicted_N, truth_N = normal.logits_NK.argmax(axis=1), true_classes(normal)
+    means_KV = class_means(raw_NV, predicted_N, truth_N, draft.num_classes)
+    weights_V = score_weights(raw_NV - means_KV[predicted_N], ENTROPY_SHARE)
+    return fit_yardstick(raw_NV, weights_V, predicted_N, truth_N, draft.num_classes, TOLERANCE, rng)
+
+
+def _fit_inputs_stick(draft: Baseline, normal: Sample, rng: np.random.Generator) -> Yardstick | None:
+    if draft.num_channels > MAX_TESTED_CHANNELS:
+        return None
+    raw_NV = np.concatenate(standardised_channels(draft, normal.checks()), axis=1)
+    predicted_N, truth_N = normal.logits_NK.argmax(axis=1), true_classes(normal)
+    mix_VV = whitening_mix(raw_NV)
+    return fit_yardstick(raw_NV, mix_VV, predicted_N, truth_N, draft.num_classes, INPUT_TOLERANCE, rng)

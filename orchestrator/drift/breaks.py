@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.drift.case import BRIGHTNESS, FLAT, Array, Case, Finding
-from orchestrator.drift.evalues import tolerated_rate
+from orchestrator.drift.evidence import tolerated_rates
 from orchestrator.drift.statistics import CHECKS, MAX_PRODUCT_CHANNELS
 from orchestrator.messages import Kind
 
@@ -43,8 +43,7 @@ TORN = 1.5  # how far the gradients of the two directions may come apart while o
 def find_bad_values(case: Case) -> Finding | None:
     """NaN, non-finite outputs, constant (black) inputs, values out of range, repeated inputs."""
     num = max(case.summary.count, 1)
-    for name in CHECKS:
-        tolerated = tolerated_rate(case.baseline, name)
+    for name, tolerated in zip(CHECKS, tolerated_rates(case.baseline).tolist(), strict=True):
         share = case.summary.check_counts[name] / num
         limit = max(tolerated + CHECK_SIGMAS * math.sqrt(tolerated * (1.0 - tolerated) / num), MIN_CHECK_SHARE)
         if share > limit:

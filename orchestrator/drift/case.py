@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.drift.baseline import Baseline
-from orchestrator.drift.null import REFERENCE_INFLATION
+from orchestrator.drift.evidence import Evidence, inputs_p, outputs_p
 from orchestrator.drift.statistics import SKETCH, Summary
 from orchestrator.messages import Alarm, Kind
 from orchestrator.settings import HealSettings
@@ -40,16 +40,22 @@ class Case:
 
     baseline: Baseline
     summary: Summary
+    evidence: Evidence
     alarm: Alarm
     fleet_size: int
     settings: HealSettings
     growth: float = float("nan")
 
     @cached_property
+    def shift_p(self) -> float:
+        """P-value of outputs and inputs against what is normal for the predicted classes."""
+        return min(outputs_p(self.baseline, self.evidence), inputs_p(self.baseline, self.evidence))
+
+    @cached_property
     def inflation(self) -> float:
         """Variance of a mean over the window against that of independent traffic and an exact reference."""
         num = self.summary.count
-        return 1.0 + num * (REFERENCE_INFLATION / self.baseline.normal_count + SHAPE_TOLERANCE)
+        return 1.0 + num * (1.0 / self.baseline.normal_count + SHAPE_TOLERANCE)
 
     @cached_property
     def inputs_X(self) -> Array:

@@ -24,14 +24,15 @@ from orchestrator.drift.breaks import (
 )
 from orchestrator.drift.case import Case, Finding
 from orchestrator.drift.estimate import LossEstimate, estimate_accuracies, estimate_loss
-from orchestrator.drift.evalues import channel_p_value, feature_p_value
+from orchestrator.drift.evidence import classes_p, evidence_of, inputs_p, outputs_p
 from orchestrator.drift.priors import find_priors
 from orchestrator.drift.statistics import CHECKS, read
 from orchestrator.messages import Alarm, Diagnosis, Kind, Window
 from orchestrator.settings import HealSettings
 
 MIN_INSTANCES = 32  # valid ones, to tell one kind of drift from another
-NORMAL_P = 0.05  # features and channels above this: the alarm was false
+NORMAL_P = 0.05  # all p-values above this: the alarm was false
+DISPERSION = 4.0  # of class counts, in those of independent traffic
 SUSPICIOUS_GROWTH = 3.0  # a source that strays and sends this many times its former share of the traffic floods
 HARM_SIGMAS = 2.0  # standard errors by which the estimated loss must clear the threshold, on either side
 
@@ -64,7 +65,7 @@ def diagnose(
         ValueError: the window's vector does not fit the baseline's layout.
     """
     summary = read(baseline.layout, window)
-    case = Case(baseline, summary, alarm, fleet_size, settings, growth)
+    case = Case(baseline, summary, evidence_of(baseline, window), alarm, fleet_size, settings, growth)
     loss = estimate_loss(baseline, summary)
     finding = next((found for rule in RULES if (found := rule(case)) is not None), None)
     finding = finding or _weigh_harm(case, loss, final)
@@ -80,8 +81,9 @@ def _evidence(case: Case, loss: LossEstimate) -> dict[str, Any]:
     estimates = estimate_accuracies(baseline, summary)
     change = 0.5 * float(np.abs(summary.class_shares_K - baseline.class_shares_K).sum())
     numbers = {
-        "feature_p": feature_p_value(baseline, summary),
-        "channel_p": channel_p_value(baseline, summary),
+        "outputs_p": outputs_p(baseline, case.evidence),
+        "inputs_p": inputs_p(baseline, case.evidence),
+        "classes_p": classes_p(baseline, case.evidence.classes_K, DISPERSION),
         "class_share_change": change,
         **{f"{name}_share": summary.check_counts[name] / max(summary.count, 1) for name in CHECKS},
         **{f"accuracy_{name}": value for name, value in estimates.items() if math.isfinite(value)},
@@ -116,7 +118,7 @@ def _find_too_few(case: Case) -> Finding | None:
 
 def _find_nothing(case: Case) -> Finding | None:
     """A false alarm, or a drift that only a part of the traffic shows."""
-    p = min(feature_p_value(case.baseline, case.summary), channel_p_value(case.baseline, case.summary))
+    p = min(case.shift_p, classes_p(case.baseline, case.evidence.classes_K, DISPERSION))
     if p <= NORMAL_P:
         return None
     reason = f"no shift left in {case.summary.count} instances: p {p:.3f} > {NORMAL_P}"

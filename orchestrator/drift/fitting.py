@@ -17,7 +17,7 @@ from orchestrator.settings import FOURIER_FEATURES, PCA_DIMENSIONS
 Array = NDArray[Any]
 
 BANDWIDTH_PAIRS = 4096  # random pairs behind the median heuristic
-ROWS_PER_DIMENSION = 4  # of the PCA, at least
+ROWS_PER_DIMENSION = 16  # of the PCA, at least
 LEAST_SCALE = 0.01  # of a sketch value, in the reference's mean extent (largest less smallest value of an image)
 LEAST_SHARE_SCALE = 0.1  # of a sketch value that is 0 or 1
 _SEED = 20240229
@@ -26,19 +26,20 @@ _SEED = 20240229
 def fit_coordinates(reference: Sample) -> dict[str, Any]:
     """PCA to at most 64 whitened dimensions, and Gaussian frequencies for a kernel as wide as the median distance.
 
-    Fitted on one half of the reference: whitened by its own covariance, a small sample looks narrower than fresh
-    traffic ever will. The other half gives means and the null distribution (`measured_rows`).
+    Whitened by its own covariance, a sample looks narrower than fresh traffic ever will, by 1 + P / N in variance to
+    first order: the scale makes up for it, and few rows get few dimensions.
     """
     rng = np.random.default_rng(_SEED)
-    embedding_ND = np.asarray(reference.embedding_ND[~measured_rows(len(reference.logits_NK))], dtype=np.float64)
+    embedding_ND = np.asarray(reference.embedding_ND, dtype=np.float64)
+    num = len(embedding_ND)
     center_D = embedding_ND.mean(axis=0)
     values_D, vectors_DD = np.linalg.eigh(np.atleast_2d(np.cov(embedding_ND - center_D, rowvar=False)))
-    keep = min(PCA_DIMENSIONS, max(1, len(embedding_ND) // ROWS_PER_DIMENSION), len(values_D))
+    keep = min(PCA_DIMENSIONS, max(1, num // ROWS_PER_DIMENSION), len(values_D))
     values_P, vectors_DP = values_D[::-1][:keep], vectors_DD[:, ::-1][:, :keep]
     used_P = values_P > max(1e-6 * values_P[0], 1e-12)
     used_P[0] = True  # a constant embedding keeps one dimension, of zeros
     scale_P = np.where(values_P > 1e-12, 1.0 / np.sqrt(np.maximum(values_P, 1e-12)), 0.0)[used_P]
-    projection_DP = vectors_DP[:, used_P] * scale_P
+    projection_DP = vectors_DP[:, used_P] * scale_P / np.sqrt(1.0 + used_P.sum() / num)
     z_NP = (embedding_ND - center_D) @ projection_DP
     pairs_2N = rng.integers(0, len(z_NP), size=(2, BANDWIDTH_PAIRS))
     distance_N = np.linalg.norm(z_NP[pairs_2N[0]] - z_NP[pairs_2N[1]], axis=1)
@@ -46,13 +47,6 @@ def fit_coordinates(reference: Sample) -> dict[str, Any]:
     frequencies_PF = rng.standard_normal((projection_DP.shape[1], FOURIER_FEATURES // 2)) / width
     as32 = {"center_D": center_D, "projection_DP": projection_DP, "frequencies_PF": frequencies_PF}
     return {name: value.astype(np.float32) for name, value in as32.items()}  # what probes compute in
-
-
-def measured_rows(num: int) -> Array:
-    """Which rows of the base's reference are kept out of the PCA: bool (num,), a random half."""
-    rows_N = np.zeros(num, dtype=np.bool_)
-    rows_N[np.random.default_rng(_SEED + 2).permutation(num)[: (num + 1) // 2]] = True
-    return rows_N
 
 
 def fit_temperature(logits_NK: Array, labels_N: Array) -> float:
@@ -123,10 +117,3 @@ def fit_sketch(sketch_NS: Array | None) -> dict[str, Array]:
     yes_or_no_S = np.array([name == "grey" or name.startswith("flat") for name in SKETCH])
     floor_S = np.where(yes_or_no_S, LEAST_SHARE_SCALE, max(LEAST_SCALE * extent, 1e-9))
     return {"sketch_mean_S": mean_S, "sketch_scale_S": np.maximum(rows_NS.std(axis=0), floor_S)}
-
-
-def whitening(z_NC: Array) -> Array:
-    """Matrix W such that z @ W has unit covariance; directions without variance get weight 0."""
-    values_C, vectors_CC = np.linalg.eigh(np.atleast_2d(np.cov(z_NC, rowvar=False)))
-    used_C = values_C > max(1e-6 * float(values_C[-1]), 1e-12)
-    return np.asarray(vectors_CC * np.where(used_C, 1.0 / np.sqrt(np.where(used_C, values_C, 1.0)), 0.0))

@@ -1,13 +1,15 @@
 """Watches a fleet: merges the replicas' windows per scope, raises one alarm, remembers the recent past.
 
 Scopes: all traffic, each replica, each segment: one drifted replica of ten hides in the global mean. They share one
-budget of false alarms. A threshold bounds false alarms *per step of 32 instances*, and the replicas (and likewise the
+budget of false alarms. A threshold bounds false alarms *per instance tested*, and the replicas (and likewise the
 segments) divide the fleet's instances among them, so a share holds for however many there are. Called by the
 controller; knows no clock: time comes with the windows.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -18,14 +20,15 @@ import numpy as np
 
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.detector import Detector
-from orchestrator.drift.evalues import channel_p_value, difference_p_value, feature_p_value, has_two_worlds
-from orchestrator.drift.null import SCALES
-from orchestrator.drift.statistics import Summary, merge, read
+from orchestrator.drift.evidence import Evidence, difference_p, evidence_of, inputs_p, outputs_p
+from orchestrator.drift.statistics import merge, read
+from orchestrator.errors import IntegrityError
 from orchestrator.messages import Alarm, Window
 
 GLOBAL = "global"
 BUDGET_SHARES = {"global": 0.5, "replica": 0.25, "segment": 0.25}  # of the allowed rate of false alarms
 MAX_DETECTORS = 512  # scopes kept at once; the longest unheard of goes first
+SNAPSHOT_SCOPES = 64  # that a snapshot keeps: about 70 KB each
 RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
 MIN_PART_INSTANCES = 64  # the latest of a replica or segment that are judged; with fewer it is not judged at all
@@ -64,6 +67,11 @@ class Monitor:
             self._forget(baseline.digest)
         self._baselines[baseline.digest] = baseline
 
+    @property
+    def watched(self) -> str | None:
+        """The digest whose traffic is tested; None: all."""
+        return self._watched
+
     def has_baseline(self, digest: str) -> bool:
         """Whether windows under this digest can be tested."""
         return digest in self._baselines
@@ -84,7 +92,8 @@ class Monitor:
         if self._watched is not None and window.digest != self._watched:
             return
         scopes = [GLOBAL, f"replica:{replica_tag}"] + ([f"segment:{window.segment}"] if window.segment else [])
-        crossed = [scope for scope in scopes if self._detector(window.digest, scope).absorb(window)]
+        found = evidence_of(baseline, window)
+        crossed = [scope for scope in scopes if self._detector(window.digest, scope).absorb(found, window.first_s)]
         if crossed and self._alarm is None:
             self._alarm = self._raise_alarm(crossed[0], window)
 
@@ -144,8 +153,8 @@ class Monitor:
         return merge(kept) if kept else None
 
     def threshold(self, scope: str) -> float:
-        """Steps of 32 instances between false alarms that a scope's share of the budget asks for."""
-        return max(self.arl_instances / SCALES[0] / BUDGET_SHARES[scope.partition(":")[0]], 1.0)
+        """Instances of its own between false alarms that a scope's share of the budget asks for."""
+        return self.arl_instances / BUDGET_SHARES[scope.partition(":")[0]]
 
     def statistic(self) -> dict[str, Any]:
         """What the page shows: per scope the statistic, its threshold, and `level`: log-scaled, an alarm at 1."""
@@ -164,22 +173,44 @@ class Monitor:
 
     # ------------------------------------------------------------ across restarts
 
-    def snapshot(self) -> dict[str, Any]:
-        """JSON-able state of alarm and tests. Remembered windows are not kept: `since` starts empty after a restart."""
-        detectors = [
-            {"digest": digest, "scope": scope, "state": detector.snapshot()}
-            for (digest, scope), detector in self._detectors.items()
-        ]
-        alarm = asdict(self._alarm) if self._alarm else None
-        return {"watched": self._watched, "ignored": self.ignored, "alarm": alarm, "detectors": detectors}
+    def snapshot(self) -> bytes:
+        """Alarm and tests, of the SNAPSHOT_SCOPES heard of last; remembered windows are not kept: `since` starts empty.
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a snapshot; each test resumes when its baseline and its first window are there."""
+        An npz without pickle: JSON and single-precision vectors.
+        """
+        kept = list(self._detectors.items())[-SNAPSHOT_SCOPES:]
+        states = [(digest, scope, detector.snapshot()) for (digest, scope), detector in kept]
+        meta = {
+            "watched": self._watched,
+            "ignored": self.ignored,
+            "alarm": asdict(self._alarm) if self._alarm else None,
+            "detectors": [
+                {"digest": digest, "scope": scope} | {k: v for k, v in state.items() if k != "vectors"}
+                for digest, scope, state in states
+            ],
+        }
+        arrays = {f"vectors_{i}": state["vectors"] for i, (_, _, state) in enumerate(states)}
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+        return buffer.getvalue()
+
+    def restore(self, data: bytes) -> None:
+        """Continue from a snapshot; each test resumes when its baseline and its first window are there.
+
+        Raises:
+            IntegrityError: the bytes are no snapshot.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+                meta = json.loads(stored["meta"].tobytes())
+                states = [{**state, "vectors": stored[f"vectors_{i}"]} for i, state in enumerate(meta["detectors"])]
+        except (KeyError, ValueError, OSError) as error:
+            raise IntegrityError(f"a monitor's snapshot must be an npz of its own making; got {error}") from error
         self._detectors.clear()
-        self._watched = state["watched"]
-        self.ignored = int(state["ignored"])
-        self._alarm = Alarm(**state["alarm"]) if state["alarm"] else None
-        self._restored = {(d["digest"], d["scope"]): d["state"] for d in state["detectors"]}
+        self._watched = meta["watched"]
+        self.ignored = int(meta["ignored"])
+        self._alarm = Alarm(**meta["alarm"]) if meta["alarm"] else None
+        self._restored = {(state["digest"], state["scope"]): state for state in states}
 
     # ------------------------------------------------------------ inside
 
@@ -245,24 +276,24 @@ class Monitor:
             return False
         baseline = self._baselines[digest]
         return (
-            min(feature_p_value(baseline, part), channel_p_value(baseline, part)) < BLAMED_P
-            and min(feature_p_value(baseline, rest), channel_p_value(baseline, rest)) > CLEARED_P
-            and difference_p_value(baseline, part, rest) < BLAMED_P
+            min(outputs_p(baseline, part), inputs_p(baseline, part)) < BLAMED_P
+            and min(outputs_p(baseline, rest), inputs_p(baseline, rest)) > CLEARED_P
+            and difference_p(baseline, part, rest) < BLAMED_P
         )
 
-    def _latest(self, digest: str, windows: list[Window]) -> Summary | None:
+    def _latest(self, digest: str, windows: list[Window]) -> Evidence | None:
         """The latest MIN_PART_INSTANCES: a late start of the drift clears nobody. None: too few to judge."""
         latest: list[Window] = []
         for window in reversed(windows):
             latest.append(window)
             if sum(w.count for w in latest) >= MIN_PART_INSTANCES:
-                return read(self._baselines[digest].layout, merge(latest))
+                return evidence_of(self._baselines[digest], merge(latest))
         return None
 
     def _has_returned(self, digest: str, onset_s: float, scope: str) -> bool:
         """Whether the windows since the onset fit the old world clearly better than the digest's own."""
         baseline, window = self._baselines[digest], self.since(onset_s, digest, scope)
-        if window is None or not has_two_worlds(baseline):
+        if window is None or np.array_equal(baseline.normal_mean_M, baseline.reference_mean_M):
             return False
         mean_M = read(baseline.layout, window).feature_mean_M
         to_reference = float(((mean_M - baseline.reference_mean_M) ** 2).sum())

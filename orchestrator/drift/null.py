@@ -1,6 +1,6 @@
-"""How far a window's feature mean strays from the reference when nothing is wrong.
+"""How far a window's mean strays when nothing is wrong: the null distribution of one quadratic statistic.
 
-`baseline` calibrates the null distribution once, `detector` and `diagnosis` turn a statistic into a p-value with it.
+`yardstick` fits a table per scale once, `detector` and `diagnosis` turn a statistic into a p-value with it. Pure.
 """
 
 from __future__ import annotations
@@ -12,73 +12,56 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SCALES = (32, 256)  # instances per test: fast for severe shifts, slow for mild ones
-REFERENCE_INFLATION = 1.5  # variance of a mean of n against one of N counts as 1/n + 1.5/N; 1 would be the plain law
-TOLERANCE = 1.0e-3  # squared distance, in total feature variances, that is never drift: worlds never repeat exactly
-CHANNEL_TOLERANCE = 0.02  # the same for means of input channels: light changes over a day
-NUM_SPLITS = 8
-WINDOWS_PER_SPLIT = 512
-SMALL_SAMPLE = 16.0  # T is stretched by 1 + 16/N: a handful of instances does not know its own variance
-MAX_POOL = 4096  # instances of the normal sample used to calibrate
-TAIL_PROBABILITY = 0.01  # beyond this an exponential tail is fitted
-TAIL_INFLATION = 1.1  # its mean excess is stretched by this: an estimate from some 40 windows
-SURVIVAL_Q = 0.5 ** (np.arange(0, 27) / 4.0)  # survival probabilities of the table's quantiles, 1 .. 0.011
+SCALES = tuple(32 * 2**j for j in range(9))  # instances of a window that is tested: fast for severe, slow for mild
+BOOTSTRAP_SCALES = 4  # up to 256 instances the table is drawn from the sample; above, the Gaussian limit holds
+SURVIVAL_Q = np.array([0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01])  # survival probabilities of a table's quantiles
+TAIL_INFLATION = 1.1  # the mean excess beyond the last quantile is stretched by this: an estimate from some 40 windows
+MAX_POOL = 4096  # instances of the sample that windows are drawn from
+NUM_WINDOWS = (4096, 4096, 2048, 2048)  # drawn per scale, half of them class-bursty
+NUM_GAUSSIAN = 4096
+BURST = 20  # mean length of a run of one class in a bursty window: cameras do not shuffle what they see
 
 
-def distance_statistic(mean_M: Array, centre_M: Array, num: int, num_reference: int, tolerance: float) -> float:
-    """T = n |mean - centre|^2 / (1 + n (1.5 / N + tolerance)); 0 for an empty window.
-
-    Args:
-        mean_M: feature mean of the window.
-        centre_M: feature mean of the reference.
-        num: n, instances of the window.
-        num_reference: N, instances behind the centre.
-        tolerance: squared distance per total feature variance that is forgiven.
-    """
-    if num == 0:
-        return 0.0
-    gap = float(((mean_M - centre_M) ** 2).sum())
-    return num * gap / (1.0 + num * (REFERENCE_INFLATION / num_reference + tolerance))
-
-
-def calibrate(features_NM: Array, num: int, rng: np.random.Generator) -> tuple[Array, float]:
-    """Null distribution of T for windows of `num` instances, by split bootstrap.
-
-    The sample is halved at random NUM_SPLITS times; one half gives the centre, windows drawn with replacement from the
-    other half give T. Several splits spread the luck of one reference over the table. Distances between the halves
-    are about four times what the full sample causes later, so the table errs to the safe side.
-
-    Args:
-        features_NM: (N, M) random Fourier features (or other vectors) of the normal sample, N >= 4.
-        num: window size.
-        rng: a seeded generator: equal inputs give equal tables.
-
-    Returns:
-        Ascending quantiles (len(SURVIVAL_Q),) and the mean excess of the exponential tail.
-    """
-    pool_NM = np.asarray(features_NM, dtype=np.float32)
-    if len(pool_NM) > MAX_POOL:
-        pool_NM = pool_NM[rng.choice(len(pool_NM), MAX_POOL, replace=False)]
-    half = len(pool_NM) // 2
-    statistics = []
-    for _ in range(NUM_SPLITS):
-        order_N = rng.permutation(len(pool_NM))
-        centre_M = pool_NM[order_N[:half]].mean(axis=0)
-        other_NM = pool_NM[order_N[half:]] - centre_M
-        draws_WN = rng.multinomial(num, np.full(len(other_NM), 1.0 / len(other_NM)), size=WINDOWS_PER_SPLIT)
-        means_WM = draws_WN.astype(np.float32) @ other_NM / num
-        squares_W = (means_WM.astype(np.float64) ** 2).sum(axis=1)
-        statistics.append(num * squares_W / (1.0 + num * REFERENCE_INFLATION / half))
-    all_W = np.concatenate(statistics) * (1.0 + SMALL_SAMPLE / len(pool_NM))
-    quantiles_Q = np.quantile(all_W, 1.0 - SURVIVAL_Q)
-    start = np.quantile(all_W, 1.0 - TAIL_PROBABILITY)
-    excess = float((all_W[all_W >= start] - start).mean())
-    return quantiles_Q, max(excess * TAIL_INFLATION, 1e-9)
+def draw_rows(truth_N: Array, num: int, windows: int, bursty: bool, rng: np.random.Generator) -> Array:
+    """Row numbers of random windows, with replacement: int64 (windows, num); bursty: in runs of one class."""
+    if not bursty:
+        return rng.integers(0, len(truth_N), (windows, num))
+    order_N = np.argsort(truth_N, kind="stable")
+    counts_K = np.bincount(truth_N)
+    starts_K = np.cumsum(counts_K) - counts_K
+    new_WN = rng.random((windows, num)) < 1.0 / BURST
+    new_WN[:, 0] = True
+    drawn_WN = truth_N[rng.integers(0, len(truth_N), (windows, num))]
+    run_WN = np.maximum.accumulate(np.where(new_WN, np.arange(num), 0), axis=1)
+    class_WN = np.take_along_axis(drawn_WN, run_WN, axis=1)
+    within_WN = (rng.random((windows, num)) * counts_K[class_WN]).astype(np.int64)
+    return np.asarray(order_N[starts_K[class_WN] + within_WN])
 
 
-def p_value(statistic: float, quantiles_Q: Array, tail: float) -> float:
+def tail_table(statistics_W: Array) -> Array:
+    """Quantiles at SURVIVAL_Q, then the mean excess beyond the last one, stretched: (len(SURVIVAL_Q) + 1,)."""
+    quantiles_Q = np.quantile(statistics_W, 1.0 - SURVIVAL_Q)
+    excess = float((statistics_W[statistics_W >= quantiles_Q[-1]] - quantiles_Q[-1]).mean())
+    return np.append(quantiles_Q, max(excess * TAIL_INFLATION, 1e-9))
+
+
+def gaussian_table(eigenvalues_V: Array, rng: np.random.Generator) -> Array:
+    """Table of sum(l z^2) / sum(l), z standard normal: the limit for long windows."""
+    used_V = eigenvalues_V[eigenvalues_V > 0]
+    if not len(used_V):
+        return tail_table(np.zeros(NUM_GAUSSIAN))
+    return tail_table((rng.standard_normal((NUM_GAUSSIAN, len(used_V))) ** 2) @ (used_V / used_V.sum()))
+
+
+def scale_index(num: float) -> int:
+    """Which scale's table serves a window of `num` instances: the nearest in ratio."""
+    return int(np.clip(round(float(np.log2(max(num, 1.0) / SCALES[0]))), 0, len(SCALES) - 1))
+
+
+def p_value(statistic: float, table_T: Array) -> float:
     """P(T >= statistic) under the null: log-linear between quantiles, an exponential tail beyond; in (0, 1]."""
-    last = float(quantiles_Q[-1])
+    last, excess = float(table_T[-2]), float(table_T[-1])
     if statistic >= last:
-        return float(max(SURVIVAL_Q[-1] * np.exp(-(statistic - last) / tail), 1e-300))
-    return float(np.exp(np.interp(statistic, quantiles_Q, np.log(SURVIVAL_Q))))
+        return float(max(SURVIVAL_Q[-1] * np.exp(-(statistic - last) / excess), 1e-300))
+    quantiles_Q = np.append(0.0, table_T[:-1])
+    return float(np.exp(np.interp(statistic, quantiles_Q, np.append(0.0, np.log(SURVIVAL_Q)))))

@@ -11,8 +11,6 @@ import numpy as np
 
 from orchestrator.drift.case import Array, Case, Finding
 from orchestrator.drift.estimate import priors_from_shares
-from orchestrator.drift.evalues import scale_index
-from orchestrator.drift.null import TOLERANCE, distance_statistic, p_value
 from orchestrator.messages import Kind
 
 MIN_CHANGE = 0.10  # total variation of the priors below which there is no prior shift to speak of
@@ -34,7 +32,8 @@ def find_priors(case: Case) -> Finding | None:
     if change < MIN_CHANGE or weight > MAX_WEIGHT or not np.isfinite(baseline.accuracy):
         return None
     counts_K = np.maximum(baseline.class_counts_K, 1.0)
-    p, left, before = _feature_residual(case, now_K)
+    p = case.shift_p
+    left, before = _feature_residual(case, now_K)
     sigmas = _input_residual(case, now_K, counts_K)
     stray = _confidence_residual(case, now_K, counts_K)
     if p < RESIDUAL_P or left > MAX_RESIDUAL * max(before, 0.0):
@@ -49,24 +48,20 @@ def find_priors(case: Case) -> Finding | None:
     return Finding(Kind.PRIOR_SHIFT, reason, evidence | {f"prior_{k}": float(v) for k, v in enumerate(now_K)})
 
 
-def _feature_residual(case: Case, now_K: Array) -> tuple[float, float, float]:
-    """P-value of the embedding's residual, and its squared distance before and after reweighting, both less chance.
+def _feature_residual(case: Case, now_K: Array) -> tuple[float, float]:
+    """Squared distance of the embedding's mean to the reweighted reference, and to normal; both less chance.
 
     A feature vector has length sqrt(F / 2), so a class whose mean is mu spreads F / 2 - |mu|^2 about it.
     """
     baseline, summary = case.baseline, case.summary
-    num, row = summary.num_valid, scale_index(summary.num_valid)
-    per_class_K = np.maximum(baseline.confusion_KK.sum(axis=0) * baseline.reference_count, 1.0)
-    effective = max(int(1.0 / float((now_K**2 / per_class_K).sum())), 1)
+    num, per_class_K = summary.num_valid, np.maximum(baseline.class_counts_K, 1.0)
     gap_M = summary.feature_mean_M - now_K @ baseline.class_means_KM
-    statistic = distance_statistic(gap_M, np.zeros_like(gap_M), num, effective, TOLERANCE)
-    p = p_value(statistic, baseline.null_quantiles_SQ[row], float(baseline.null_tails_S[row]))
     length = len(baseline.normal_mean_M) / 2.0
     spread_K = (length - (baseline.class_means_KM**2).sum(axis=1)) * per_class_K / np.maximum(per_class_K - 1.0, 1.0)
     by_chance = float((now_K * spread_K).sum()) / num + float((now_K**2 * spread_K / per_class_K).sum())
     spread = length - float((baseline.normal_mean_M**2).sum())
     before = float(((summary.feature_mean_M - baseline.normal_mean_M) ** 2).sum())
-    return p, float(gap_M @ gap_M) - by_chance, before - spread * (1.0 / num + 1.0 / baseline.normal_count)
+    return float(gap_M @ gap_M) - by_chance, before - spread * (1.0 / num + 1.0 / baseline.normal_count)
 
 
 def _input_residual(case: Case, now_K: Array, counts_K: Array) -> float:

@@ -67,6 +67,7 @@ class Layout:
             "confidence": NUM_BINS,
             "entropy": NUM_BINS,
             "confidence_sum": 1,
+            "entropy_sum": 1,
             "channel_means": self.num_channels,
             "channel_squares": self.num_channels,
             "channel_products": len(self.pairs),
@@ -206,7 +207,9 @@ def summarise(
     sums[at["features"]] = _quantise(fourier_features(baseline, embedding_ND[valid_N]))
     sums[at["classes"]] = np.bincount(logits_NK[valid_N].argmax(axis=1), minlength=layout.num_classes)
     sums[at["confidence"]] = _histogram(confidence_N, baseline.confidence_edges_E)
-    sums[at["entropy"]] = _histogram(entropies(probs_NK), baseline.entropy_edges_E)
+    entropy_N = entropies(probs_NK)
+    sums[at["entropy"]] = _histogram(entropy_N, baseline.entropy_edges_E)
+    sums[at["entropy_sum"]] = _quantise(entropy_N)
     sums[at["confidence_sum"]] = _quantise(confidence_N)
     z_NC, v_NC = standardised_channels(baseline, checks)
     sums[at["channel_means"]] = _quantise(z_NC)

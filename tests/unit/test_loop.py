@@ -18,6 +18,7 @@ from orchestrator.messages import Report, Target
 from orchestrator.ports import Ports
 from orchestrator.registry import fetch_model, load_published_spec, publish_model, write_stable
 from orchestrator.settings import HealSettings, ServiceConfig
+from orchestrator.snapshots import Snapshots
 from orchestrator.spec import load_spec
 from orchestrator.state import State
 from orchestrator.storage import Storage, open_storage
@@ -72,7 +73,13 @@ class Loop:
 
     def restart(self) -> None:
         edges = Edges(self.storage, self.base)
-        ports = Ports(InProcessRunner(self.storage, self.keys), Journal(self.storage, self.keys), edges, edges)
+        ports = Ports(
+            InProcessRunner(self.storage, self.keys),
+            Journal(self.storage, self.keys),
+            edges,
+            edges,
+            Snapshots(self.storage, self.base),
+        )
         self.controller = Controller(self.config, ports, time.time, self.keys.feedback_key)
 
     def heartbeat(self, report: Report, timeout_s: float) -> Target:

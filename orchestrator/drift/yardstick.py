@@ -1,0 +1,186 @@
+"""One vector of sums against what is normal *for the classes that were predicted*.
+
+    r = x - sum_k n_k m_k,   T = |r|^2 / (sum_k n_k t_k + sum_k n_k^2 t_k / N_k) - n_eff * tolerance
+
+x sums a window's vectors, n_k counts its predictions of class k, m_k is what such a prediction brings along, t_k its
+variance, N_k the reference rows behind it. A burst of one class, a day-and-night cycle and a prior shift move x and n
+together and cancel; a change of what the classes look like does not. The second term of the variance is the reference's
+own error: averaged over references the law is exact. Pure; used for the outputs and for the inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.drift.null import (
+    BOOTSTRAP_SCALES,
+    MAX_POOL,
+    NUM_WINDOWS,
+    SCALES,
+    draw_rows,
+    gaussian_table,
+    p_value,
+    scale_index,
+    tail_table,
+)
+
+Array = NDArray[Any]
+
+SHRINK_ROWS = 5.0  # a class's mean is drawn towards the overall mean as if by this many rows ...
+SHRINK_SPREAD_ROWS = 20.0  # ... and its variance as if by this many
+RIDGE = 1e-3  # of the inversion that finds what a prediction brings along from what a true class does
+MIN_EIGENVALUE = 1e-3  # of the largest: directions of less variance are not stretched to unit variance
+CHUNK = 512  # windows of the bootstrap at once
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Normal per predicted class, in mixed coordinates."""
+
+    mix_VW: Array  # V x W: what the raw vector is multiplied by; (V,) for weights of single entries
+    means_KW: Array  # m_k
+    spread_K: Array  # t_k, total variance
+    counts_K: Array  # N_k
+    tables_ST: Array  # a row per scale: quantiles of T and mean excess, see `null.tail_table`
+    tolerance: float  # squared distance, in total variances, that is never drift
+
+    @cached_property
+    def _error_K(self) -> Array:
+        """Variance of the mean of each class."""
+        return np.asarray(self.spread_K / np.maximum(self.counts_K, 1.0))
+
+    def mixed(self, raw_NV: Array) -> Array:
+        """Raw vectors (N, V) or (V,) in mixed coordinates."""
+        return raw_NV * self.mix_VW if self.mix_VW.ndim == 1 else raw_NV @ self.mix_VW
+
+    def residual(self, raw_V: Array, counts_K: Array) -> Array:
+        """Residual of a window's sums (V,) and its predictions by class (K,): float64 (W,). Additive over windows."""
+        return np.asarray(self.mixed(raw_V) - counts_K @ self.means_KW)
+
+    def statistic(self, residual_W: Array, counts_K: Array) -> float:
+        """T of a residual; 0 for no instance."""
+        own = float(counts_K @ self.spread_K)
+        if own <= 0:
+            return 0.0
+        variance = own + float((counts_K * counts_K) @ self._error_K)
+        effective = float(counts_K.sum()) * own / variance
+        return float(residual_W @ residual_W) / variance - effective * self.tolerance
+
+    def p_value(self, residual_W: Array, counts_K: Array) -> float:
+        """P-value of a window's residual; 1 for no instance."""
+        statistic = self.statistic(residual_W, counts_K)
+        return p_value(max(statistic, 0.0), self.tables_ST[scale_index(float(counts_K.sum()))])
+
+
+def whitening_mix(raw_NV: Array) -> Array:
+    """Matrix (V, V) that makes the sample's covariance unit, but for directions of hardly any variance."""
+    values_V, vectors_VV = np.linalg.eigh(np.atleast_2d(np.cov(raw_NV, rowvar=False)))
+    least = max(MIN_EIGENVALUE * float(values_V[-1]), 1e-12)
+    return np.asarray(vectors_VV / np.sqrt(np.maximum(values_V, least)))
+
+
+def score_weights(residual_NV: Array, share: float) -> Array:
+    """Weights (V,) that are 1, but for the last entry, whose variance becomes `share` of the others' sum."""
+    weights_V = np.ones(residual_NV.shape[1])
+    variance_V = residual_NV.var(axis=0)
+    if variance_V[-1] > 0:
+        weights_V[-1] = np.sqrt(share * variance_V[:-1].sum() / variance_V[-1])
+    return weights_V
+
+
+def class_means(raw_NV: Array, predicted_N: Array, truth_N: Array, num_classes: int) -> Array:
+    """What a prediction of each class brings along on average: (K, V).
+
+    Where classes are known: solved for, so that every true class's mean is the mix of what its predictions bring along.
+    That holds under any class shares. Source: the moment equation of Lipton et al. 2018 (BBSE), turned round.
+    """
+    overall_V = raw_NV.mean(axis=0)
+    counts_K = np.bincount(predicted_N, minlength=num_classes)
+    sums_KV = np.zeros((num_classes, raw_NV.shape[1]))
+    np.add.at(sums_KV, predicted_N, raw_NV)
+    plain_KV = (sums_KV + SHRINK_ROWS * overall_V) / (counts_K + SHRINK_ROWS)[:, None]
+    if np.array_equal(predicted_N, truth_N):
+        return np.asarray(plain_KV)
+    joint_KK = np.zeros((num_classes, num_classes))  # true, predicted
+    np.add.at(joint_KK, (truth_N, predicted_N), 1.0)
+    true_K = joint_KK.sum(axis=1)
+    known = true_K > 0
+    given_KK = joint_KK[known] / true_K[known, None]
+    true_sums_KV = np.zeros((num_classes, raw_NV.shape[1]))
+    np.add.at(true_sums_KV, truth_N, raw_NV)
+    target_KV = true_sums_KV[known] / true_K[known, None]
+    normal_KK = given_KK.T @ given_KK + RIDGE * np.eye(num_classes)
+    return np.asarray(plain_KV + np.linalg.solve(normal_KK, given_KK.T @ (target_KV - given_KK @ plain_KV)))
+
+
+def fit_yardstick(
+    raw_NV: Array,
+    mix_VW: Array,
+    predicted_N: Array,
+    truth_N: Array,
+    num_classes: int,
+    tolerance: float,
+    rng: np.random.Generator,
+) -> Yardstick:
+    """Fit means, spreads and null tables.
+
+    Args:
+        raw_NV: vectors of normal instances, finite, N >= 2.
+        mix_VW: see `Yardstick.mix_VW`.
+        predicted_N: predicted class of each.
+        truth_N: true class where known, else the predicted one.
+        num_classes: K.
+        tolerance: see `Yardstick.tolerance`.
+        rng: seeded: equal inputs give equal yardsticks.
+    """
+    mixed_NW = raw_NV * mix_VW if mix_VW.ndim == 1 else raw_NV @ mix_VW
+    means_KW = class_means(mixed_NW, predicted_N, truth_N, num_classes)
+    residual_NW = (mixed_NW - means_KW[predicted_N]).astype(np.float32)
+    counts_K = np.bincount(predicted_N, minlength=num_classes).astype(np.float64)
+    squares_N = (residual_NW.astype(np.float64) ** 2).sum(axis=1)
+    total = max(float(squares_N.mean()), 1e-12)
+    by_class_K = np.bincount(predicted_N, squares_N, num_classes) * counts_K / np.maximum(counts_K - 1.0, 1.0)
+    spread_K = (by_class_K + SHRINK_SPREAD_ROWS * total) / (counts_K + SHRINK_SPREAD_ROWS)
+    tables_ST = _tables(residual_NW, predicted_N, truth_N, spread_K, rng)
+    return Yardstick(mix_VW, means_KW, spread_K, counts_K, tables_ST, tolerance)
+
+
+def _tables(residual_NW: Array, predicted_N: Array, truth_N: Array, spread_K: Array, rng: np.random.Generator) -> Array:
+    if len(residual_NW) > MAX_POOL:
+        rows_N = rng.choice(len(residual_NW), MAX_POOL, replace=False)
+        residual_NW, predicted_N, truth_N = residual_NW[rows_N], predicted_N[rows_N], truth_N[rows_N]
+    covariance_WW = np.atleast_2d(np.cov(residual_NW, rowvar=False))
+    limit_T = gaussian_table(np.linalg.eigvalsh(covariance_WW), rng)
+    rows = []
+    for num, windows in zip(SCALES[:BOOTSTRAP_SCALES], NUM_WINDOWS, strict=True):
+        drawn = [
+            tail_table(_bootstrap(residual_NW, spread_K[predicted_N], truth_N, num, windows // 2, bursty, rng))
+            for bursty in (False, True)
+        ]
+        rows.append(np.maximum(*drawn))  # the worse of the two
+    return np.stack(rows + [limit_T] * (len(SCALES) - len(rows)))
+
+
+def _bootstrap(
+    residual_NW: Array,
+    spread_N: Array,
+    truth_N: Array,
+    num: int,
+    windows: int,
+    bursty: bool,
+    rng: np.random.Generator,
+) -> Array:
+    """T (reference taken as exact, no tolerance) of windows drawn from the sample."""
+    found = []
+    for _ in range(0, windows, CHUNK):
+        rows_WN = draw_rows(truth_N, num, CHUNK, bursty, rng)
+        draws_WN = np.zeros((CHUNK, len(residual_NW)), dtype=np.float32)
+        np.add.at(draws_WN, (np.arange(CHUNK)[:, None], rows_WN), 1.0)
+        sums_WW = (draws_WN @ residual_NW).astype(np.float64)
+        found.append((sums_WW**2).sum(axis=1) / spread_N[rows_WN].sum(axis=1))
+    return np.concatenate(found)
