@@ -5,6 +5,7 @@ python -m benchmarks.drift false-alarms [--runs 200] [--traffic independent burs
 python -m benchmarks.drift delays [--kind all segment replica tenth] [--seeds 50]
 python -m benchmarks.drift centre [--replicas 1000] [--duration 60]
 python -m benchmarks.drift probe [--rounds 200] [--device cpu]
+    python -m benchmarks.drift peers [--seeds 50] [--peer ours mmd-64 ...]
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; before numpy is imported
 
-from benchmarks.drift import centre, delays, false_alarms, probe_cost
+from benchmarks.drift import centre, delays, false_alarms, peers, probe_cost
 from benchmarks.drift.features import Features, measure, print_losses
 
 ARL_INSTANCES = 1_000_000
@@ -43,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("probe", help="cost on a replica, bytes of a report")
     command.add_argument("--rounds", type=int, default=200)
     command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command = commands.add_parser("peers", help="beside alibi-detect, frouros, river and KS, at equal false alarms")
+    known = ["ours", *(peer.name for peer in peers.PEERS)]
+    command.add_argument("--seeds", type=int, default=50)
+    command.add_argument("--peer", nargs="*", default=known, choices=known)
     return parser
 
 
@@ -61,6 +66,8 @@ def main() -> None:
         case "delays":
             for kind in args.kind:
                 delays.measure(path, kind, delays.KINDS[kind], args.arl, args.seeds, args.workers)
+        case "peers":
+            peers.measure(path, args.out, args.peer, args.seeds)
         case "centre":
             centre.measure(Features(path), args.replicas, args.duration, args.arl)
         case "probe":

@@ -21,7 +21,7 @@ from benchmarks.drift.generator import Generator
 from benchmarks.drift.intervals import rate_per_million
 from benchmarks.drift.streams import Heard, listen, monitor_of, windows_of
 from orchestrator.drift.baseline import Baseline, fit_baseline
-from orchestrator.drift.sample import rows_of
+from orchestrator.drift.sample import Sample, rows_of
 from orchestrator.messages import Window
 
 REFERENCE_INSTANCES, FIT_SHARE = 5_000, 0.6
@@ -40,19 +40,19 @@ def generator_of(path: Path) -> Generator:
     return _generators[path]
 
 
-def drawn_baseline(generator: Generator, traffic: str, rng: np.random.Generator) -> Baseline:
-    """A baseline of a fresh commissioning reference's fit part."""
+def drawn_baseline_and_fit(generator: Generator, traffic: str, rng: np.random.Generator) -> tuple[Baseline, Sample]:
+    """A fresh commissioning reference: its fit part, and the baseline fitted on that."""
     labels_N = generator.reference_labels(traffic, REFERENCE_INSTANCES, rng)
     fit_N = np.sort(rng.permutation(len(labels_N))[: int(FIT_SHARE * len(labels_N))])
-    return fit_baseline("bench", "base", generator.draw(labels_N[fit_N], rng), None, None, NUM_CHANNELS)
+    fit = generator.draw(labels_N[fit_N], rng)
+    return fit_baseline("bench", "base", fit, None, None, NUM_CHANNELS), fit
 
 
 def run_once(seed: int, path: Path, traffic: str, arl_instances: int, instances: int) -> Heard:
     """One reference, one stream."""
     generator, rng = generator_of(path), np.random.default_rng([seed, TRAFFICS.index(traffic)])
-    monitor = monitor_of(drawn_baseline(generator, traffic, rng), arl_instances)
-    baseline = monitor.baseline("base")
-    assert baseline is not None
+    baseline, _ = drawn_baseline_and_fit(generator, traffic, rng)
+    monitor = monitor_of(baseline, arl_instances)
     labels_N = generator.labels(traffic)(instances, rng)
 
     def stream() -> Iterator[Window]:
