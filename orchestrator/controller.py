@@ -141,18 +141,26 @@ class Controller:
             )
 
     def _diagnose(self, state: State) -> Diagnosis | None:
-        episode = state.episode
-        if episode is None or episode.alarm is None or episode.diagnosis is not None:
+        """What the windows since the onset say by now; None while they are too few or do not tell harm from none."""
+        episode, settings = state.episode, self.config.settings
+        if episode is None or episode.alarm is None or state.phase is not Phase.DIAGNOSING:
             return None
         alarm = self._monitor.attribute(episode.alarm)
         window = self._monitor.since(alarm.onset_s, alarm.digest, alarm.scope)
-        wanted = self.config.settings.diagnosis_instances
-        if window is None or (window.count < wanted and not self.traffic_ended):
-            return None
         baseline = self._monitor.baseline(alarm.digest)
-        if baseline is None:
+        if window is None or baseline is None:
             return None
-        return diagnose(baseline, window, alarm, len(self._fleet.views(self._clock())), self.config.settings)
+        if window.count < settings.diagnosis_instances and not self.traffic_ended:
+            return None
+        return diagnose(
+            baseline,
+            window,
+            alarm,
+            len(self._fleet.views(self._clock())),
+            settings,
+            growth=self._monitor.growth(alarm),
+            final=self.traffic_ended or window.count >= settings.buffer_instances,
+        )
 
     def _buffered(self, state: State) -> int:
         if state.episode is None or state.episode.alarm is None:

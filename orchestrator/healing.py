@@ -180,11 +180,14 @@ def _watching(state: State, observation: Observation, settings: HealSettings) ->
 
 
 def _diagnosing(state: State, observation: Observation, settings: HealSettings) -> Outcome:
-    """Wait for the diagnosis, answer by the table, else wait for the buffer."""
+    """Wait for the diagnosis, answer by the table, else wait for the buffer.
+
+    While the buffer fills the diagnosis is made again on all there is: what starts a search is the last word, and a
+    broken pipeline that hides under a drift may take more instances to tell than the drift itself.
+    """
     episode = state.episode
     assert episode is not None
-    actions: tuple[Action, ...] = ()
-    diagnosis = episode.diagnosis or observation.diagnosis
+    diagnosis = observation.diagnosis or episode.diagnosis
     if diagnosis is None:
         if observation.traffic_ended:
             return _refuse(state, observation, settings, _too_little(observation, "diagnosis", settings))
@@ -192,7 +195,8 @@ def _diagnosing(state: State, observation: Observation, settings: HealSettings) 
             reason = f"no diagnosis in {DIAGNOSIS_TIMEOUT_S:.0f} s: {_too_little(observation, 'diagnosis', settings)}"
             return close(state, observation, settings, Verdict.ERROR, reason)
         return state, ()
-    if episode.diagnosis is None:
+    actions: tuple[Action, ...] = ()
+    if episode.diagnosis is None or episode.diagnosis.kind is not diagnosis.kind:
         body = {"episode": episode.id, "kind": diagnosis.kind.value, "reason": diagnosis.reason}
         figures = {"instances": diagnosis.instances, "estimated_loss": diagnosis.estimated_loss}
         actions = (Record("diagnosed", body | figures),)
@@ -213,7 +217,7 @@ def _answer(state: State, observation: Observation, settings: HealSettings, diag
     waited_s, least = observation.now_s - episode.phase_s, settings.min_buffer_instances
     enough = observation.buffered >= least and (waited_s >= settings.buffer_wait_s or observation.traffic_ended)
     if enough or observation.buffered >= settings.buffer_instances:
-        state = update_episode(state, until_s=observation.now_s)
+        state = update_episode(state, until_s=observation.now_s, diagnosis=diagnosis)
         return enter(state, observation, Phase.SEARCHING, kind=diagnosis.kind.value, buffered=observation.buffered)
     if observation.traffic_ended or waited_s > DIAGNOSIS_TIMEOUT_S:
         return _refuse(state, observation, settings, _too_little(observation, "search", settings))

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from orchestrator.drift.baseline import Baseline
-from orchestrator.drift.statistics import CHANNEL_CLIP, EMBEDDING_CLIP, NUM_BINS, Layout
+from orchestrator.drift.statistics import CHANNEL_CLIP, EMBEDDING_CLIP, NUM_BINS, SKETCH_CLIP
 from orchestrator.settings import FEATURE_SCALE
+from tuning.sketch import image_sketch
 
 HASHED_VALUES = 512  # of an input, beside its extremes, that two inputs must share to count as duplicates
 _HASH_SEED = 977
@@ -28,7 +29,7 @@ class Probe:
     """
 
     def __init__(self, baseline: Baseline, layout: str, device: torch.device) -> None:
-        self.layout = Layout(int(baseline.num_classes), int(baseline.num_channels))
+        self.layout = baseline.layout
         self._input_layout = layout
         self._device = device
         self._temperature = float(baseline.temperature)
@@ -40,6 +41,8 @@ class Probe:
         self._entropy_edges_E = self._constant(baseline.entropy_edges_E, torch.float64)
         self._mu_C = self._constant(baseline.channel_mean_C, torch.float64)
         self._scale_C = self._constant(baseline.channel_scale_C, torch.float64)
+        self._sketch_mean_S = self._constant(baseline.sketch_mean_S, torch.float64)
+        self._sketch_scale_S = self._constant(baseline.sketch_scale_S, torch.float64)
         pairs = self.layout.pairs
         self._left = torch.tensor([i for i, _ in pairs], dtype=torch.long, device=device)
         self._right = torch.tensor([j for _, j in pairs], dtype=torch.long, device=device)
@@ -66,7 +69,9 @@ class Probe:
         parts = {"features": self._features(embedding_ND, valid_N)}
         parts |= self._outputs(logits_NK, valid_N)
         parts |= self._channels(flat_NV, inputs.shape)
-        parts["checks"] = self._checks(flat_NV, valid_N)
+        low_N, high_N, nan_N = _extremes(flat_NV)
+        parts["sketch"] = self._sketch(inputs, low_N, high_N)
+        parts["checks"] = self._checks(flat_NV, valid_N, low_N, high_N, nan_N)
         return torch.cat([parts[name] for name in self.layout.slices])
 
     def _features(self, embedding_ND: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
@@ -133,8 +138,21 @@ class Probe:
             self._known = (shape[1:], self._mu_C.float()[channel_V.to(self._device)], select_VC.to(self._device))
         return self._known[1], self._known[2]
 
-    def _checks(self, flat_NV: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
-        low_N, high_N, nan_N = _extremes(flat_NV)
+    def _sketch(self, inputs: torch.Tensor, low_N: torch.Tensor, high_N: torch.Tensor) -> torch.Tensor:
+        if not self.layout.num_sketch:
+            return torch.zeros(0, dtype=torch.int64, device=self._device)
+        sketch_NS = image_sketch(inputs, self._input_layout, low_N, high_N)
+        z_NS = ((sketch_NS.double() - self._sketch_mean_S) / self._sketch_scale_S).clamp(-SKETCH_CLIP, SKETCH_CLIP)
+        return _quantised_sum(torch.where(z_NS.isfinite(), z_NS, 0.0))
+
+    def _checks(
+        self,
+        flat_NV: torch.Tensor,
+        valid_N: torch.Tensor,
+        low_N: torch.Tensor,
+        high_N: torch.Tensor,
+        nan_N: torch.Tensor,
+    ) -> torch.Tensor:
         if self._hash is None or self._hash[0] != flat_NV.shape[1]:
             self._hash = (flat_NV.shape[1], *_hash_positions(flat_NV.shape[1], self._device))
         _, positions, weights = self._hash

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from orchestrator.errors import SpecError
+from tuning.sketch import image_sketch
 
 if TYPE_CHECKING:
     from orchestrator.drift.baseline import Sample
@@ -334,13 +335,16 @@ def collect_sample(
     """
     from orchestrator.drift.baseline import Sample
 
-    embeddings, logits = [], []
+    moments = input_moments(inputs_np, layout)
+    low_N, high_N = (torch.from_numpy(v).to(device) for v in (moments.min_N, moments.max_N))
+    embeddings, logits, sketches = [], [], []
     with torch.inference_mode():
-        for x in batches(inputs_np, device, batch):
+        for start, x in zip(range(0, len(inputs_np), batch), batches(inputs_np, device, batch), strict=True):
             logits_NK, embedding_ND = tap.call(module, x)
+            rows = slice(start, start + batch)
             logits.append(logits_NK.float().cpu().numpy())
             embeddings.append(embedding_ND.float().cpu().numpy())
-    moments = input_moments(inputs_np, layout)
+            sketches.append(image_sketch(x, layout, low_N[rows], high_N[rows]).cpu().numpy())
     return Sample(
         embedding_ND=np.concatenate(embeddings),
         logits_NK=np.concatenate(logits),
@@ -349,4 +353,5 @@ def collect_sample(
         input_min_N=moments.min_N,
         input_max_N=moments.max_N,
         labels_N=labels,
+        sketch_NS=np.concatenate(sketches),
     )

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.drift.fitting import fit_coordinates, fit_outputs, measured_rows, whitening
+from orchestrator.drift.fitting import fit_coordinates, fit_outputs, fit_sketch, measured_rows, whitening
 from orchestrator.drift.null import SCALES, calibrate
-from orchestrator.drift.sample import Sample, labelled, rows_of
+from orchestrator.drift.sample import Sample, rows_of, true_classes
 from orchestrator.drift.statistics import (
     CHECKS,
+    NUM_BINS,
     Layout,
     count_checks,
     fourier_features,
+    probabilities,
     standardised_channels,
+    standardised_inputs,
 )
 from orchestrator.errors import DataError, IntegrityError, NotFound
 
@@ -74,6 +77,12 @@ class Baseline:
     normal_channels_3C: Array  # standardised, normal: mean of means, mean of squares, sd of means over instances
     channel_whitening_CC: Array  # makes the standardised normal channel means white; (0, 0) above 4 channels
     channel_products_P: Array  # standardised, normal: mean products of channel means
+    sketch_mean_S: Array  # of an image's sketch on the reference, input units; S = 0 for tables
+    sketch_scale_S: Array  # standard deviation over instances, input units, > 0
+    normal_inputs_2X: Array  # mean and sd over normal instances of [channel means, squares, sketch], standardised
+    class_inputs_KX: Array  # the same means for each true class of the reference
+    class_confidence_KB: Array  # confidence shares of each true class of the reference
+    class_counts_K: Array  # reference rows behind them (predicted class where unlabelled)
     input_low: float  # smallest and largest value seen, with half their distance added on both sides
     input_high: float
     check_rates: Array  # of normal, in the order of statistics.CHECKS
@@ -81,7 +90,7 @@ class Baseline:
     @property
     def layout(self) -> Layout:
         """Layout of windows under this baseline."""
-        return Layout(self.num_classes, self.num_channels)
+        return Layout(self.num_classes, self.num_channels, len(self.sketch_mean_S))
 
 
 def baseline_key(base: str, digest: str) -> str:
@@ -194,18 +203,37 @@ def _fit_inputs(draft: Baseline, reference: Sample, normal: Sample) -> tuple[dic
     low = float(min(np.nanmin(reference.input_min_N), np.nanmin(normal.input_min_N)))
     high = float(max(np.nanmax(reference.input_max_N), np.nanmax(normal.input_max_N)))
     margin = 0.5 * (high - low)  # a brighter camera is drift; a missing normalisation is far outside
-    found: dict[str, Any] = {"channel_mean_C": mu_C, "channel_scale_C": scale_C}
+    found: dict[str, Any] = {"channel_mean_C": mu_C, "channel_scale_C": scale_C, **fit_sketch(reference.sketch_NS)}
     found |= {"input_low": low - margin, "input_high": high + margin}
     scaled = Baseline(**{f.name: found.get(f.name, getattr(draft, f.name)) for f in fields(Baseline)})
     checks = normal.checks()
     z_NC, v_NC = standardised_channels(scaled, checks)
-    pairs = Layout(draft.num_classes, draft.num_channels).pairs
+    pairs = draft.layout.pairs
     found["normal_channels_3C"] = np.stack([z_NC.mean(axis=0), v_NC.mean(axis=0), z_NC.std(axis=0)])
     found["channel_products_P"] = np.array([(z_NC[:, i] * z_NC[:, j]).mean() for i, j in pairs], dtype=np.float64)
     found["check_rates"] = np.array(count_checks(scaled, checks, 0), dtype=np.float64) / len(z_NC)
     assert len(found["check_rates"]) == len(CHECKS)
+    inputs_NX = standardised_inputs(scaled, checks)
+    found["normal_inputs_2X"] = np.stack([inputs_NX.mean(axis=0), inputs_NX.std(axis=0)])
+    found |= _fit_classes(scaled, reference)
     found["channel_whitening_CC"] = whitening(z_NC) if pairs else np.zeros((0, 0))
     return found, z_NC @ found["channel_whitening_CC"] if pairs else np.zeros((0, 0))
+
+
+def _fit_classes(scaled: Baseline, reference: Sample) -> dict[str, Any]:
+    """What the reference looks like class by class: the yardstick of a prior shift, which leaves all of it alone."""
+    truth_N = true_classes(reference)
+    inputs_NX = standardised_inputs(scaled, reference.checks())
+    confidence_N = probabilities(reference.logits_NK, scaled.temperature).max(axis=1)
+    bins_N = np.searchsorted(scaled.confidence_edges_E, confidence_N, side="right")
+    inputs_KX = np.tile(inputs_NX.mean(axis=0), (scaled.num_classes, 1))
+    shares_KB = np.tile(np.bincount(bins_N, minlength=NUM_BINS) / len(bins_N), (scaled.num_classes, 1))
+    for k in np.unique(truth_N):
+        rows_N = truth_N == k
+        inputs_KX[k] = inputs_NX[rows_N].mean(axis=0)
+        shares_KB[k] = np.bincount(bins_N[rows_N], minlength=NUM_BINS) / rows_N.sum()
+    counts_K = np.bincount(truth_N, minlength=scaled.num_classes)
+    return {"class_inputs_KX": inputs_KX, "class_confidence_KB": shares_KB, "class_counts_K": counts_K}
 
 
 def _fit_features(draft: Baseline, reference: Sample, normal: Sample | None, channels_NC: Array) -> dict[str, Any]:
@@ -216,8 +244,7 @@ def _fit_features(draft: Baseline, reference: Sample, normal: Sample | None, cha
     nulls = [calibrate(normal_NM, num, rng) for num in SCALES]
     if channels_NC.size:
         nulls.append(calibrate(channels_NC, SCALES[0], rng))
-    labels_N, known_N = labelled(reference)
-    truth_N = np.where(known_N, labels_N, reference.logits_NK.argmax(axis=1))
+    truth_N = true_classes(reference)
     means_KM = np.tile(reference_NM.mean(axis=0), (draft.num_classes, 1))
     for k in np.unique(truth_N):
         means_KM[k] = reference_NM[truth_N == k].mean(axis=0)

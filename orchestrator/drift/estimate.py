@@ -6,6 +6,7 @@ was 43%: they may veto, never promote by themselves. Called by diagnosis and by 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,17 +53,45 @@ def _from_histogram(baseline: Baseline, mean_confidence: float, shares_B: Array)
     }
 
 
-def estimate_loss(baseline: Baseline, summary: Summary) -> float:
-    """Accuracy lost against the digest's normal traffic, 0..1: the mean of the methods' differences, at least 0.
+@dataclass(frozen=True)
+class LossEstimate:
+    """Accuracy lost against the digest's normal traffic, without labels; nan when no instance is valid."""
 
-    Returns:
-        nan when no instance is valid.
-    """
+    loss: float  # 0..1
+    standard_error: float  # of sampling alone: the methods' own bias comes on top
+
+
+def estimate_loss(baseline: Baseline, summary: Summary) -> LossEstimate:
+    """Accuracy lost against the digest's normal traffic: the mean of the methods' differences, at least 0."""
+    if summary.num_valid == 0:
+        return LossEstimate(float("nan"), float("nan"))
     now = estimate_accuracies(baseline, summary)
     normal = _from_histogram(baseline, baseline.mean_confidence, baseline.confidence_shares_B)
     losses = [normal[name] - now[name] for name in ("average_confidence", "atc", "bins")]
     known = [loss for loss in losses if np.isfinite(loss)]
-    return max(0.0, float(np.mean(known))) if known else float("nan")
+    # What one instance adds to the methods' mean depends on its confidence bin alone (nearly: see mean_confidence).
+    value_B = _value_of_bins(baseline)
+    variance = sum(
+        _variance(value_B, shares_B) / num
+        for shares_B, num in (
+            (summary.confidence_shares_B, summary.num_valid),
+            (baseline.confidence_shares_B, baseline.normal_count),
+        )
+    )
+    return LossEstimate(max(0.0, float(np.mean(known))), float(np.sqrt(variance)))
+
+
+def _value_of_bins(baseline: Baseline) -> Array:
+    edges_B = np.concatenate([baseline.confidence_edges_E[:1], baseline.confidence_edges_E])
+    values = [edges_B, baseline.bin_accuracy_B]
+    if np.isfinite(baseline.accuracy):
+        first = int(np.searchsorted(baseline.confidence_edges_E, baseline.atc_threshold, side="right"))
+        values.append(np.arange(len(edges_B)) >= first)
+    return np.asarray(np.mean(values, axis=0))
+
+
+def _variance(value_B: Array, shares_B: Array) -> float:
+    return float(shares_B @ value_B**2 - (shares_B @ value_B) ** 2)
 
 
 def em_priors(probabilities_NK: Array, priors_K: Array) -> Array:

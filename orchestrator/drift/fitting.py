@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.drift.sample import Sample, labelled
-from orchestrator.drift.statistics import NUM_BINS, entropies, probabilities
+from orchestrator.drift.statistics import NUM_BINS, SKETCH, entropies, probabilities
 from orchestrator.settings import FOURIER_FEATURES, PCA_DIMENSIONS
 
 Array = NDArray[Any]
 
 BANDWIDTH_PAIRS = 4096  # random pairs behind the median heuristic
 ROWS_PER_DIMENSION = 4  # of the PCA, at least
+LEAST_SCALE = 0.01  # of a sketch value, in the reference's mean extent (largest less smallest value of an image)
+LEAST_SHARE_SCALE = 0.1  # of a sketch value that is 0 or 1
 _SEED = 20240229
 
 
@@ -107,6 +109,20 @@ def fit_outputs(reference: Sample, normal: Sample) -> dict[str, Any]:
         "bin_accuracy_B": (np.bincount(bins_N, score_N, NUM_BINS) + prior) / (weight_B + 1.0),
         "atc_threshold": atc,
     }
+
+
+def fit_sketch(sketch_NS: Array | None) -> dict[str, Array]:
+    """Mean and scale of the reference's sketch; what hardly varies gets the scale of what would be seen by eye."""
+    if sketch_NS is None or sketch_NS.shape[1] == 0:
+        return {"sketch_mean_S": np.zeros(0), "sketch_scale_S": np.zeros(0)}
+    rows_NS = np.asarray(sketch_NS, dtype=np.float64)
+    usable_N = np.isfinite(rows_NS).all(axis=1)
+    rows_NS = rows_NS[usable_N] if usable_N.any() else np.zeros((1, rows_NS.shape[1]))
+    mean_S = rows_NS.mean(axis=0)
+    extent = mean_S[SKETCH.index("high")] - mean_S[SKETCH.index("low")]
+    yes_or_no_S = np.array([name == "grey" or name.startswith("flat") for name in SKETCH])
+    floor_S = np.where(yes_or_no_S, LEAST_SHARE_SCALE, max(LEAST_SCALE * extent, 1e-9))
+    return {"sketch_mean_S": mean_S, "sketch_scale_S": np.maximum(rows_NS.std(axis=0), floor_S)}
 
 
 def whitening(z_NC: Array) -> Array:

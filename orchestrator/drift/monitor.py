@@ -29,6 +29,7 @@ MAX_DETECTORS = 512  # scopes kept at once; the longest unheard of goes first
 RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
 MIN_PART_INSTANCES = 64  # the latest of a replica or segment that are judged; with fewer it is not judged at all
+MIN_FORMER_INSTANCES = 256  # before the onset, for a source's former share of the traffic
 BLAMED_P, CLEARED_P = 1.0e-4, 0.05  # p-values that make a part the culprit, or show it is well
 RETURN_RATIO = 0.5  # squared distance to the old world below this part of that to normal: it is back
 
@@ -100,6 +101,22 @@ class Monitor:
         if alarm.digest not in self._rings:
             return alarm
         return replace(alarm, scope=self._attribute(alarm.digest, alarm.onset_s))
+
+    def growth(self, alarm: Alarm) -> float:
+        """How many times its former share of the traffic the alarm's segment sends since the onset.
+
+        nan for other scopes, and while there is too little traffic before the onset to know the former share.
+        """
+        if not alarm.scope.startswith("segment:"):
+            return float("nan")
+        counts = {(late, own): 0 for late in (False, True) for own in (False, True)}
+        for _, window in self._rings.get(alarm.digest, ()):
+            counts[window.first_s >= alarm.onset_s, f"segment:{window.segment}" == alarm.scope] += window.count
+        before, now = counts[False, True] + counts[False, False], counts[True, True] + counts[True, False]
+        if before < MIN_FORMER_INSTANCES or now == 0:
+            return float("nan")
+        # One instance more than was seen: a source that was hardly there before has no exact share.
+        return (counts[True, True] / now) / ((counts[False, True] + 1.0) / (before + 1.0))
 
     def reset(self, digest: str) -> None:
         """Clear the alarm, start every test anew, and from now on test only traffic under `digest`.

@@ -27,11 +27,19 @@ class Sample:
     input_min_N: Array
     input_max_N: Array
     labels_N: Array | None = None
+    sketch_NS: Array | None = None
 
     def checks(self) -> InputChecks:
         """The same inputs as the probe describes them; an instance counts as NaN where a channel mean is not finite."""
         nan_N = np.asarray(~np.isfinite(self.channel_means_NC).all(axis=1), dtype=np.int64)
-        return InputChecks(self.channel_means_NC, self.channel_squares_NC, self.input_min_N, self.input_max_N, nan_N)
+        return InputChecks(
+            self.channel_means_NC,
+            self.channel_squares_NC,
+            self.input_min_N,
+            self.input_max_N,
+            nan_N,
+            sketch_NS=self.sketch_NS,
+        )
 
 
 def rows_of(sample: Sample, rows: Any) -> Sample:
@@ -50,3 +58,9 @@ def labelled(sample: Sample) -> tuple[Array, Array]:
     else:
         labels_N = np.asarray(sample.labels_N, dtype=np.int64)
     return labels_N, labels_N >= 0
+
+
+def true_classes(sample: Sample) -> Array:
+    """The label where it is known, else the predicted class: int64 (N,)."""
+    labels_N, known_N = labelled(sample)
+    return np.where(known_N, labels_N, sample.logits_NK.argmax(axis=1))

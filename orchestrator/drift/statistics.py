@@ -27,7 +27,14 @@ NUM_BINS = 16  # of the confidence and the entropy histogram; edges are referenc
 MAX_PRODUCT_CHANNELS = 4  # cross-products of channel means up to this many channels (RGBA), none above
 EMBEDDING_CLIP = 10.0  # projected embeddings are clipped to +- this many scales, which bounds the phases
 CHANNEL_CLIP = 1.0e3  # standardised channel means are clipped to +- this, squares to its square
+SKETCH_CLIP = 1.0e2  # standardised sketch values are clipped to +- this
 CHECKS = ("nan", "invalid", "constant", "out_of_range", "duplicates")  # order of the input-check counters
+CELLS = 16  # a 4 x 4 grid over the image
+# Order of an image's sketch. Brightness is of a cell less the image's own; flat is 1 where a cell has one value only.
+SKETCH = (
+    "gradient_x", "gradient_y", "contrast", "low", "high", "grey",
+    *(f"brightness_{cell}" for cell in range(CELLS)), *(f"flat_{cell}" for cell in range(CELLS)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,12 @@ class Layout:
     Args:
         num_classes: width K of the logits, >= 1.
         num_channels: channels C of the input (columns of a table), >= 1.
+        num_sketch: width S of the input sketch: len(SKETCH) for images, 0 for anything else.
     """
 
     num_classes: int
     num_channels: int
+    num_sketch: int = 0
 
     @cached_property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -61,6 +70,7 @@ class Layout:
             "channel_means": self.num_channels,
             "channel_squares": self.num_channels,
             "channel_products": len(self.pairs),
+            "sketch": self.num_sketch,
             "checks": len(CHECKS),
         }
         ends = np.cumsum(list(parts.values())).tolist()
@@ -78,7 +88,8 @@ class InputChecks:
 
     `channel_means_NC` and `channel_squares_NC` are means of x and of x*x over all positions of a channel, in input
     units; `input_min_N` and `input_max_N` are over all values, NaN ignored; `nan_N` is > 0 where an input holds a
-    non-finite value; `hashes_N` are integers that are equal for equal inputs, or None when not computed.
+    non-finite value; `hashes_N` are integers that are equal for equal inputs, or None when not computed; `sketch_NS`
+    says how an image is laid out (see SKETCH, input units), (N, 0) for anything else.
     """
 
     channel_means_NC: Array
@@ -87,6 +98,7 @@ class InputChecks:
     input_max_N: Array
     nan_N: Array
     hashes_N: Array | None = None
+    sketch_NS: Array | None = None
 
 
 def probabilities(logits_NK: Array, temperature: float = 1.0) -> Array:
@@ -142,6 +154,21 @@ def standardised_channels(baseline: Baseline, checks: InputChecks) -> tuple[Arra
     return np.where(usable_NC, z_NC, 0.0), np.where(usable_NC, v_NC, 1.0)
 
 
+def standardised_sketch(baseline: Baseline, sketch_NS: Array) -> Array:
+    """(sketch - mean) / scale of the reference, clipped to +-SKETCH_CLIP; 0 where not finite: float64 (N, S)."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        z_NS = (np.asarray(sketch_NS, dtype=np.float64) - baseline.sketch_mean_S) / baseline.sketch_scale_S
+        return np.where(np.isfinite(z_NS), np.clip(z_NS, -SKETCH_CLIP, SKETCH_CLIP), 0.0)
+
+
+def standardised_inputs(baseline: Baseline, checks: InputChecks) -> Array:
+    """All that is known of the inputs side by side: channel means, squares, sketch; standardised, float64 (N, X)."""
+    parts = [*standardised_channels(baseline, checks)]
+    if checks.sketch_NS is not None and len(baseline.sketch_mean_S):
+        parts.append(standardised_sketch(baseline, checks.sketch_NS))
+    return np.concatenate(parts, axis=1)
+
+
 def _histogram(values_N: Array, edges_E: Array) -> Array:
     return np.bincount(np.searchsorted(edges_E, values_N, side="right"), minlength=NUM_BINS)
 
@@ -186,6 +213,8 @@ def summarise(
     sums[at["channel_squares"]] = _quantise(v_NC)
     if layout.pairs:
         sums[at["channel_products"]] = _quantise(np.stack([z_NC[:, i] * z_NC[:, j] for i, j in layout.pairs], axis=1))
+    if layout.num_sketch and checks.sketch_NS is not None:
+        sums[at["sketch"]] = _quantise(standardised_sketch(baseline, checks.sketch_NS))
     sums[at["checks"]] = count_checks(baseline, checks, int((~valid_N).sum()))
     return sums
 
@@ -213,6 +242,7 @@ class Summary:
     channel_means_C: Array
     channel_squares_C: Array
     channel_products_P: Array
+    sketch_S: Array  # standardised: 0 where as on the reference
     check_counts: dict[str, int]
 
 
@@ -235,6 +265,7 @@ def read(layout: Layout, window: Window) -> Summary:
         channel_means_C=sums[at["channel_means"]] * (per_count / FEATURE_SCALE),
         channel_squares_C=sums[at["channel_squares"]] * (per_count / FEATURE_SCALE),
         channel_products_P=sums[at["channel_products"]] * (per_count / FEATURE_SCALE),
+        sketch_S=sums[at["sketch"]] * (per_count / FEATURE_SCALE),
         check_counts=checks,
     )
 

@@ -102,6 +102,7 @@ class World:
         self.allowed = {BASE}  # digests that the gate would pass, by the evidence the world gives
         self.stable_file: tuple[int, str] = (0, BASE)
         self.command_count = 0
+        self.kinds: dict[str, Kind] = {}  # of the open episode, as diagnosed so far
         self.names: dict[int, str] = {}  # generation -> digest
         self.opened = self.closed = self.promotions = self.crashes = 0
         self.verdicts: dict[str, int] = {}
@@ -206,7 +207,7 @@ class World:
             now_s=self.now_s,
             replicas=tuple(view for _, view in self.views.values()),
             alarm=self.alarm,
-            diagnosis=Diagnosis(self.rng.choice(KINDS), "simulated", 256) if diagnosing else None,
+            diagnosis=Diagnosis(self._kind(identity or ""), "simulated", 256) if diagnosing else None,
             buffered=self.rng.randint(0, 150),
             search=search,
             gate=measured[1] if measured and measured[0] <= self.now_s else None,
@@ -216,6 +217,12 @@ class World:
             stable_published=self.published,
             observing_since_s=self.since_s,
         )
+
+    def _kind(self, identity: str) -> Kind:
+        """More instances seldom change a diagnosis."""
+        if identity not in self.kinds or self.fault(0.05):
+            self.kinds[identity] = self.rng.choice(KINDS)
+        return self.kinds[identity]
 
     def _pass(self) -> None:
         before, observation = self.state, self._observe()

@@ -29,18 +29,18 @@ def test_estimates_on_normal_traffic_are_the_reference_accuracy():
     estimates = estimate_accuracies(BASELINE, summary_of(WORLD.sample(2000)))
     for value in estimates.values():
         assert value == pytest.approx(BASELINE.accuracy, abs=0.03)
-    assert estimate_loss(BASELINE, summary_of(WORLD.sample(2000))) < 0.02
+    assert estimate_loss(BASELINE, summary_of(WORLD.sample(2000))).loss < 0.02
 
 
 def test_estimates_fall_where_accuracy_falls():
-    losses = [estimate_loss(BASELINE, summary_of(WORLD.sample(2000, shift=s))) for s in (0.0, 0.5, 1.0)]
+    losses = [estimate_loss(BASELINE, summary_of(WORLD.sample(2000, shift=s))).loss for s in (0.0, 0.5, 1.0)]
     assert losses == sorted(losses)
     assert losses[2] > 0.05
 
 
 def test_nothing_is_estimated_from_no_instance():
     none = summary_of(rows_of(WORLD.sample(2), slice(0, 0)))
-    assert np.isnan(estimate_loss(BASELINE, none))
+    assert np.isnan(estimate_loss(BASELINE, none).loss)
     assert all(np.isnan(v) for v in estimate_accuracies(BASELINE, none).values())
 
 
