@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.drift.features import CLEAN, DRIFTS, PERCENTS, Features, set_name
-from benchmarks.drift.streams import endless_rows, monitor_of, window_of
+from benchmarks.drift.streams import endless_rows, joined, monitor_of, window_of
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.monitor import Monitor
 from orchestrator.drift.sample import Sample, rows_of
@@ -75,8 +75,7 @@ def scenario(kind: str, baseline: Baseline, clean: Sample, drifted: Sample, seed
 def _mixed(clean: Sample, drifted: Sample, rng: np.random.Generator) -> Sample:
     """Each row is drifted with probability TENTH."""
     rows = np.where(rng.random(WINDOW_INSTANCES) < TENTH, WINDOW_INSTANCES, 0) + np.arange(WINDOW_INSTANCES)
-    columns = {n: np.concatenate([getattr(clean, n), getattr(drifted, n)]) for n in vars(clean)}
-    return rows_of(Sample(**columns), rows)
+    return rows_of(joined(clean, drifted), rows)
 
 
 def follow(monitor: Monitor, steps: Iterator[_Step], cap: int, culprit: str) -> Delay:

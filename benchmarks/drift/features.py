@@ -6,6 +6,7 @@ rows; the same row is the same image in every set. Blends mix a part of the seve
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,9 @@ class Features:
         self._npz = np.load(path)
 
     def sample(self, name: str) -> Sample:
-        """All rows of one set."""
-        return Sample(**{f.name: self._npz[f"{name}/{f.name}"] for f in fields(Sample)})
+        """All rows of one set; a column that the file does not know yet is left at its default."""
+        known = {f.name: f"{name}/{f.name}" for f in fields(Sample)}
+        return Sample(**{column: self._npz[key] for column, key in known.items() if key in self._npz})
 
     def accuracy(self, name: str) -> float:
         """Share of right predictions on a set, 0..1."""
@@ -80,7 +82,9 @@ def measure(data: Path, path: Path) -> None:
     def keep(name: str, inputs: np.ndarray, labels: np.ndarray | None) -> None:
         sample = collect_sample(module, tap, inputs, torch.device("cpu"), labels=labels, layout=spec.layout)
         for f in fields(Sample):
-            arrays[f"{name}/{f.name}"] = getattr(sample, f.name)
+            value = getattr(sample, f.name)
+            if value is not None:
+                arrays[f"{name}/{f.name}"] = value
         print(f"{name:20s} rows {len(inputs):5d}  accuracy {accuracy(sample):.3f}", flush=True)
 
     def both(name: str) -> Dataset:
@@ -103,7 +107,9 @@ def measure(data: Path, path: Path) -> None:
             mixed = part * drifted.inputs.astype(np.float32) + (1 - part) * clean.inputs.astype(np.float32)
             keep(set_name(drift, percent), np.rint(mixed).astype(np.uint8), drifted.labels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    fresh = path.with_suffix(".new.npz")  # a measurement under way goes on reading the old file
+    np.savez(fresh, **arrays)
+    os.replace(fresh, path)
 
 
 def print_losses(features: Features) -> None:

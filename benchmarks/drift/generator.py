@@ -1,8 +1,8 @@
 """Endless clean traffic that looks like the real features: a class-wise kernel density of all columns jointly.
 
 A draw picks a real row of its class and adds Gaussian noise with the class's own covariance, scaled by a bandwidth:
-embedding, logits and channel moments move together. Reference and stream can both be drawn afresh, so a measurement
-of false alarms sees the luck of the reference too.
+embedding, logits and channel moments move together, other columns are the picked row's. Reference and stream can both
+be drawn afresh, so a measurement of false alarms sees the luck of the reference too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Generator:
         parts = [np.asarray(getattr(real, name), dtype=np.float32) for name in COLUMNS]
         self._widths = [part.shape[1] for part in parts]
         self._rows_NX = np.concatenate(parts, axis=1)
-        self._low_N, self._high_N = real.input_min_N, real.input_max_N
+        rest = {name: value for name, value in vars(real).items() if name not in (*COLUMNS, "labels_N")}
+        self._copied = {name: np.asarray(value) for name, value in rest.items() if value is not None}
         labels_N = np.asarray(real.labels_N)
         self.num_classes = int(labels_N.max()) + 1
         self._members = [np.flatnonzero(labels_N == k) for k in range(self.num_classes)]
@@ -63,7 +64,9 @@ class Generator:
                 z = rng.standard_normal((len(rows), len(noise)), dtype=np.float32)
                 out_NX[rows] = self._rows_NX[picked_N[rows]] + z @ noise
         embedding, logits, means, squares = np.split(out_NX, np.cumsum(self._widths)[:-1], axis=1)
-        return Sample(embedding, logits, means, squares, self._low_N[picked_N], self._high_N[picked_N], labels_N)
+        copied = {name: value[picked_N] for name, value in self._copied.items()}
+        drawn = dict(zip(COLUMNS, (embedding, logits, means, squares), strict=True))
+        return Sample(**drawn, **copied, labels_N=labels_N)
 
     def independent(self, num: int, rng: np.random.Generator, start: int = 0) -> NDArray[np.int64]:
         """Labels drawn independently from the real priors; `start` is ignored."""

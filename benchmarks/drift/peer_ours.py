@@ -6,13 +6,10 @@ import math
 import pickle
 import time
 
-import numpy as np
-
-from benchmarks.drift.features import CLEAN
 from benchmarks.drift.intervals import mean_time_interval
 from benchmarks.drift.peer_cases import CLEAN_INSTANCES, Case, Drifting
 from benchmarks.drift.peers import Result, tune
-from benchmarks.drift.streams import monitor_of, windows_of
+from benchmarks.drift.streams import joined, monitor_of, windows_of
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.sample import Sample, rows_of
 from orchestrator.messages import Window
@@ -59,9 +56,8 @@ def _alarms(baseline: Baseline, windows: list[Window], arl_instances: int) -> in
 
 def _stream(drifting: Drifting, name: str, seed: int) -> tuple[Sample, int]:
     before, after, onset = drifting.rows(seed)
-    clean, drifted = drifting.clean if name != CLEAN else drifting.sample(name), drifting.sample(name)
-    parts = (rows_of(clean, before), rows_of(drifted, after))
-    return Sample(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in vars(parts[0])}), onset
+    clean, drifted = drifting.clean, drifting.sample(name)
+    return joined(rows_of(clean, before), rows_of(drifted, after)), onset
 
 
 def _delay(monitor, baseline: Baseline, stream: Sample, onset: int) -> tuple[int, int]:  # type: ignore[no-untyped-def]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 PAST_WINDOWS = 2  # windows of clean instances before the onset that a windowed detector is shown
-UNUSED_ERT, UNUSED_BOOTSTRAPS = 64.0, 200  # the peers' own thresholds are not used: one is tuned for all
+UNUSED_ERT, UNUSED_BOOTSTRAPS = 64.0, 500  # the peers' own thresholds are not used: one is tuned for all
 
 
 class _Alibi:

@@ -45,6 +45,12 @@ def endless_rows(num_rows: int, num: int, rng: np.random.Generator) -> NDArray[n
     return np.concatenate([rng.permutation(num_rows) for _ in range(rounds)])[:num]
 
 
+def joined(first: Sample, second: Sample) -> Sample:
+    """The rows of one sample, then those of the other; columns that one of them lacks are left out."""
+    pairs = {n: (getattr(first, n), getattr(second, n)) for n in vars(first)}
+    return Sample(**{n: np.concatenate(pair) for n, pair in pairs.items() if all(v is not None for v in pair)})
+
+
 @dataclass(frozen=True)
 class Heard:
     """What a monitor said about one stream."""
