@@ -110,11 +110,11 @@ def test_the_return_of_the_old_world_under_an_adapter_is_told_from_a_new_drift()
 
 def test_a_snapshot_keeps_the_alarm_and_the_evidence():
     monitor, twin, unaware = fresh(), fresh(), fresh()
-    feed(monitor, 60, shift=0.06)  # nothing that a fresh monitor would alarm at soon
+    feed(monitor, 20, shift=0.12)  # nothing that a fresh monitor would alarm at soon
     assert monitor.alarm() is None
     twin.restore(monitor.snapshot())
     before = {name: s["statistic"] for name, s in monitor.statistic()["scopes"].items()}
-    windows = [window(BASELINE, WORLD.sample(32, shift=0.06), 2000.0 + 32 * i) for i in range(400)]
+    windows = [window(BASELINE, WORLD.sample(32, shift=0.12), 2000.0 + 32 * i) for i in range(400)]
     for w in windows:
         for each in (monitor, twin, unaware):
             if each.alarm() is None:
