@@ -1,8 +1,8 @@
 """False alarms per million instances: reference and stream drawn afresh each run, counted at the default setting.
 
-Every run draws a commissioning reference, keeps the 80% that the product fits a baseline on (the report part stays out) and streams
-clean traffic from the same generator past the monitor. Runs differ in their reference, so they are the clusters of the
-interval.
+Every run draws a commissioning reference, keeps the 80% that the product fits a baseline on (the report part stays
+out) and streams clean traffic from the same generator past the monitor. Runs differ in their reference, so they are the
+clusters of the interval.
 """
 
 from __future__ import annotations
