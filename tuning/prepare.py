@@ -23,9 +23,9 @@ def prepare_base(storage: Storage | str, base: str, device: str = "auto") -> Bas
         SpecError, DataError, StorageError: the model or its reference cannot be used.
     """
     store = open_storage(storage) if isinstance(storage, str) else storage
-    known = load_baseline(store, BASE, base)
-    if known is not None:
-        return known
+    stored = load_baseline(store, BASE, base)
+    if stored is not None:
+        return stored
     folder = fetch_model(store, base)
     spec = load_published_spec(folder)
     parts = split_reference(read_dataset(folder / "reference.parquet", spec))
