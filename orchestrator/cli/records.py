@@ -29,9 +29,10 @@ from orchestrator.cli.console import (
 from orchestrator.cli.evidence import bundle, checks
 from orchestrator.cli.labels import labels_import
 from orchestrator.cli.notes import known_keys, note_problems
+from orchestrator.cli.stored import stored_episodes
 from orchestrator.cli.upkeep import adapters_gc, traffic_purge
 from orchestrator.errors import HealError, NotFound, SpecError
-from orchestrator.journal import Journal, journal_key, verify_journal
+from orchestrator.journal import journal_key, verify_journal
 from orchestrator.registry import list_adapters, load_adapter
 from orchestrator.storage import Storage
 
@@ -73,11 +74,7 @@ def episodes(url: str | None, service: str | None, storage: str | None) -> list[
         finally:
             client.close()
         return live
-    entries = Journal(existing(storage), None).entries()
-    found = {e.body["id"]: e.body for e in entries if e.event == "episode_closed"}
-    if entries and (still_open := entries[-1].state.get("episode")):
-        found[still_open["id"]] = still_open
-    return list(found.values())
+    return stored_episodes(storage)
 
 
 def history(url: Url = None, service: Service = None, storage: StorageUri = None, as_json: Json = False) -> None:
@@ -90,7 +87,7 @@ def history(url: Url = None, service: Service = None, storage: StorageUri = None
         for row in found:
             kind = (row["diagnosis"] or {}).get("kind", "-")
             verdict = f"{row['verdict'] or 'open'}{' (provisional)' if row['provisional'] else ''}"
-            table.add_row(row["id"], _when(row["opened_s"]), kind, verdict, short(row["winner"]), row["reason"])
+            table.add_row(row["id"], when(row["opened_s"]), kind, verdict, short(row["winner"]), row["reason"])
         out.print(table if found else "no episodes")
     finish(FINE if found else NOT_FINE)
 
@@ -103,7 +100,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Why an episode went as it did: alarm, diagnosis, trials, gate, rollout, each with its figures."""
-    record = _named(episodes(url, service, storage), episode)
+    record = named(episodes(url, service, storage), episode)
     if as_json:
         show_json(record)
         return
@@ -122,7 +119,7 @@ def evidence(
 
     Adapter and journal are read and verified with --storage only. Exit code 1 when one of them does not verify.
     """
-    record = _named(episodes(url, service, storage), episode)
+    record = named(episodes(url, service, storage), episode)
     found = bundle(record, existing(storage) if storage else None)
     if as_json:
         show_json(found)
@@ -132,7 +129,12 @@ def evidence(
     finish(NOT_FINE if found["problems"] else FINE)
 
 
-def _named(records: list[dict[str, Any]], episode: str) -> dict[str, Any]:
+def named(records: list[dict[str, Any]], episode: str) -> dict[str, Any]:
+    """The record of that episode.
+
+    Raises:
+        SpecError: there is none; the message names those that are.
+    """
     found = {row["id"]: row for row in records}
     if episode not in found:
         raise SpecError(f"episode must be one of {', '.join(found) or 'none'}; got {episode!r}")
@@ -141,7 +143,7 @@ def _named(records: list[dict[str, Any]], episode: str) -> dict[str, Any]:
 
 def story(record: dict[str, Any]) -> list[str]:
     """An episode in sentences, each with the inequality that decided."""
-    lines = [f"{record['id']} opened {_when(record['opened_s'])}{' by hand' if record['manual'] else ''}"]
+    lines = [f"{record['id']} opened {when(record['opened_s'])}{' by hand' if record['manual'] else ''}"]
     if alarm := record["alarm"]:
         lines.append(
             f"alarm: {alarm['scope']}, statistic {_figure(alarm['statistic'])} > {_figure(alarm['threshold'])} "
@@ -163,12 +165,13 @@ def story(record: dict[str, Any]) -> list[str]:
         lines.append(f"gate: {gate['analysis']}: {gate['message']}")
         lines += [f"  {'ok ' if ok else 'NO '} {n} {_figure(v)}, limit {_figure(m)}" for n, v, m, ok in gate["checks"]]
     entered = sorted(record["phase_entered"].items(), key=lambda item: item[1])
-    lines += [f"{_when(at_s)} {phase}" for phase, at_s in entered]
+    lines += [f"{when(at_s)} {phase}" for phase, at_s in entered]
     end = f"verdict: {record['verdict'] or 'open'}{' (provisional)' if record['provisional'] else ''}"
     return [*lines, f"{end}: {record['reason']}" if record["reason"] else end]
 
 
-def _when(at_s: float) -> str:
+def when(at_s: float) -> str:
+    """Local time, to the second."""
     return datetime.datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
 
 
