@@ -207,6 +207,19 @@ def verify_journal(storage: Storage, public_key: bytes | None = None) -> Audit:
     return Audit(len(seqs), problems)
 
 
+def journal_key(storage: Storage) -> bytes | None:
+    """The public key that entry 0 names, on trust; None where there is no journal.
+
+    Raises:
+        IntegrityError: entry 0 names none.
+        StorageError: it cannot be read.
+    """
+    try:
+        return _own_key(storage.get(_key(0)), "journal entry 0")
+    except NotFound:
+        return None
+
+
 def _audit_head(storage: Storage, last: int, public_key: bytes | None) -> list[str]:
     try:
         data = storage.get(_HEAD)

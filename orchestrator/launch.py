@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
 from ray.serve import Application
 
+from orchestrator.errors import HealError, ServiceError
 from orchestrator.keys import heal_home, load_keys
 from orchestrator.registry import publish_model
 from orchestrator.settings import HealSettings, ServiceConfig
@@ -22,6 +24,7 @@ from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 from serve_app.replica import ModelServer
 
+APPLICATION = "heal"  # name of a local start's Serve application
 REPLICA_START_CPUS = 0.1  # two replicas at Serve's default of 1 CPU would leave a 2-core machine none for trials
 
 
@@ -64,33 +67,45 @@ def app(args: AppArgs) -> Application:  # type: ignore[valid-type]
     Raises:
         SpecError, DataError, StorageError: the message names field, expectation and value.
     """
-    values: ServiceArgs = args
-    model = Path(values.model) if values.model else _demo_model()
+    return _bound(args, _published(args))
+
+
+def _published(args: ServiceArgs) -> ServiceConfig:
+    """The service's configuration, its model on the storage."""
+    model = Path(args.model) if args.model else _demo_model()
     spec = load_spec(model)
-    storage = _absolute(values.storage or str(heal_home() / "storage" / spec.name))
-    settings = HealSettings.from_dict({f.name: getattr(values, f.name) for f in fields(HealSettings)})
-    service = values.service or spec.name
-    config = ServiceConfig(service, storage, publish_model(open_storage(storage), spec), settings, time.time())
+    storage = _absolute(args.storage or str(heal_home() / "storage" / spec.name))
+    settings = HealSettings.from_dict({f.name: getattr(args, f.name) for f in fields(HealSettings)})
+    base = publish_model(open_storage(storage), spec)
+    return ServiceConfig(args.service or spec.name, storage, base, settings, time.time())
+
+
+def _bound(args: ServiceArgs, config: ServiceConfig) -> Application:
     deployment = ModelServer.options(
-        name=service,
-        num_replicas=values.replicas,
-        max_ongoing_requests=values.max_ongoing_requests,
+        name=config.service,
+        num_replicas=args.replicas,
+        max_ongoing_requests=args.max_ongoing_requests,
         ray_actor_options={
-            "num_cpus": values.num_cpus,
-            "num_gpus": values.num_gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(values.num_threads)}},
+            "num_cpus": args.num_cpus,
+            "num_gpus": args.num_gpus,
+            "runtime_env": _environment(args),
         },
         health_check_period_s=2,
         graceful_shutdown_timeout_s=10,
     )
     return deployment.bind(
         config,
-        token_digests=load_keys(service).token_digests(),
-        device="cuda" if values.num_gpus > 0 else "cpu",
-        max_batch_size=values.max_batch_size,
-        num_threads=values.num_threads,
-        store=values.store,
+        token_digests=load_keys(config.service).token_digests(),
+        device="cuda" if args.num_gpus > 0 else "cpu",
+        max_batch_size=args.max_batch_size,
+        num_threads=args.num_threads,
+        store=args.store,
     )
+
+
+def _environment(args: ServiceArgs) -> dict[str, Any]:
+    """Of the replicas, and so of the orchestrator and the searches that they make."""
+    return {"env_vars": {"OMP_NUM_THREADS": str(args.num_threads)}}
 
 
 def default_app() -> Application:
@@ -110,7 +125,7 @@ def _demo_model() -> Path:
 
 
 def start_local(args: AppArgs, port: int = 0, **ray_init: Any) -> str:  # type: ignore[valid-type]
-    """Start Ray (unless it runs), Serve's HTTP proxy on loopback and the application.
+    """Start Ray, Serve's HTTP proxy on loopback and the application; whatever comes of it, call `stop_local` after it.
 
     Args:
         args: as for `app`.
@@ -119,23 +134,73 @@ def start_local(args: AppArgs, port: int = 0, **ray_init: Any) -> str:  # type: 
 
     Returns:
         The application's base URL, without a trailing slash.
+
+    Raises:
+        ServiceError: Ray or Serve did not start, or the replicas did not; the message says why.
+        SpecError, DataError, StorageError: the model cannot be served.
     """
     import ray
 
-    if not ray.is_initialized():
-        ray.init(**ray_init)
     port = port or free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(app(args), name="heal", route_prefix="/")
+    with ThreadPoolExecutor(1) as aside:
+        ready = aside.submit(_measured, args)  # while Ray's processes start
+        try:
+            if not ray.is_initialized():
+                ray.init(**ray_init)
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(_bound(args, ready.result()), name=APPLICATION, route_prefix="/")
+        except HealError:
+            raise
+        except Exception as error:  # Ray raises plain ones
+            raise ServiceError(f"the service must start, and did not: {type(error).__name__}: {error}") from error
     return f"http://127.0.0.1:{port}"
 
 
-def stop_local() -> None:
-    """Stop Serve and the local Ray, and with it every detached actor."""
+def _measured(args: ServiceArgs) -> ServiceConfig:
+    """Publish the model and measure its drift baseline, which the orchestrator would have a task do after its start."""
+    from tuning.prepare import prepare_base
+
+    config = _published(args)
+    prepare_base(config.storage, config.base, device="cpu")
+    return config
+
+
+def warm_workers(args: AppArgs, num_workers: int = 2) -> list[Any]:  # type: ignore[valid-type]
+    """Have idle workers import what a search and its trials need; the first search then starts in them.
+
+    Args:
+        args: of the service: a worker serves actors of its own environment only.
+        num_workers: processes; a search takes one and each trial at a time another.
+
+    Returns:
+        Handles that are ready when the imports are done. Workers stay warm for as long as Ray keeps idle ones.
+    """
     import ray
 
-    serve.shutdown()
-    ray.shutdown()
+    task = ray.remote(num_cpus=0, runtime_env=_environment(args))(_import_search)
+    return [task.options(name="heal-warm").remote() for _ in range(num_workers)]
+
+
+def _import_search() -> None:
+    import tuning.search_actor
+    import tuning.tune_trial  # noqa: F401
+
+
+def stop_local() -> None:
+    """Stop the application, then the local Ray, and with it Serve's own actors and every detached one.
+
+    Not `serve.shutdown`: there the controller kills itself under its caller, and the raylet reports a failed task.
+    """
+    import ray
+    from ray.serve.context import _set_global_client
+
+    try:
+        if ray.is_initialized():
+            for name in serve.status().applications:
+                serve.delete(name)
+            _set_global_client(None)  # a later Ray of this process may have the same job id
+    finally:
+        ray.shutdown()
 
 
 def free_port() -> int:

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import numpy as np
 
+from orchestrator.cli.notes import key_names, known_keys
 from orchestrator.errors import ServiceError
-from orchestrator.keys import heal_home, load_keys
+from orchestrator.keys import load_keys
 from orchestrator.messages import BASE
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -198,7 +199,9 @@ def tokens_for(url: str, service: str | None = None) -> list[str | None]:
     """
     if token := os.environ.get("HEAL_TOKEN"):
         return [token]
-    names = [service] if service else sorted(path.stem for path in (heal_home() / "keys").glob("[!.]*.json"))
+    if service:
+        return [known_keys(service).tokens["operator"]]
+    names = key_names()
     if len(names) > 1 and httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1"):
         return [None]
     return [load_keys(name).tokens["operator"] for name in names] or [None]

@@ -41,6 +41,7 @@ AFTER_REQUESTS = 100  # after the verdict
 EVAL_ROWS = 32  # instances in a request that measures
 READY_S = 120.0  # for the base's baseline to be measured
 KEEP_RUNS_S = 86400.0
+WARM_MS = 900_000  # Ray ends idle workers after 1 s by default
 
 # The digits are few and small: a search on 1,000 of them says as much as one on 2,000, in half the time.
 DIGITS_SETTINGS: dict[str, Any] = {
@@ -94,7 +95,9 @@ def local_service(inputs: DemoInputs, options: DemoOptions) -> Iterator[tuple[st
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=scratch,
+            _system_config={"idle_worker_killing_time_threshold_ms": WARM_MS},
         )
+        launch.warm_workers(args)
         yield url, service
     finally:
         launch.stop_local()

@@ -13,27 +13,53 @@ import typer
 from rich.table import Table
 
 from orchestrator.cli.client import connect, short
-from orchestrator.cli.console import FINE, NOT_FINE, Json, Service, StorageUri, Url, finish, out, show_json
+from orchestrator.cli.console import (
+    FINE,
+    NOT_FINE,
+    Json,
+    Service,
+    StorageUri,
+    Url,
+    Where,
+    existing,
+    finish,
+    out,
+    show_json,
+)
+from orchestrator.cli.evidence import bundle, checks
+from orchestrator.cli.labels import labels_import
+from orchestrator.cli.notes import known_keys, note_problems
+from orchestrator.cli.stored import stored_episodes
+from orchestrator.cli.upkeep import adapters_gc, traffic_purge
 from orchestrator.errors import HealError, NotFound, SpecError
-from orchestrator.journal import Journal, verify_journal
-from orchestrator.keys import load_keys
+from orchestrator.journal import journal_key, verify_journal
 from orchestrator.registry import list_adapters, load_adapter
-from orchestrator.storage import Storage, open_storage
-
-Where = Annotated[str, typer.Option("--storage", help="Storage URI of the service.")]
+from orchestrator.storage import Storage
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(history)
     app.command()(explain)
+    app.command()(evidence)
     audit = typer.Typer(help="The journal's integrity.", no_args_is_help=True)
     audit.command("verify")(audit_verify)
     app.add_typer(audit, name="audit")
     adapters = typer.Typer(help="The adapters on a storage.", no_args_is_help=True)
-    for name, command in (("ls", adapters_ls), ("show", adapters_show), ("verify", adapters_verify)):
+    for name, command in (
+        ("ls", adapters_ls),
+        ("show", adapters_show),
+        ("verify", adapters_verify),
+        ("gc", adapters_gc),
+    ):
         adapters.command(name)(command)
     app.add_typer(adapters, name="adapters")
+    labels = typer.Typer(help="True labels that come late.", no_args_is_help=True)
+    labels.command("import")(labels_import)
+    app.add_typer(labels, name="labels")
+    traffic = typer.Typer(help="The traffic on a storage.", no_args_is_help=True)
+    traffic.command("purge")(traffic_purge)
+    app.add_typer(traffic, name="traffic")
 
 
 # ------------------------------------------------------------ episodes
@@ -48,11 +74,7 @@ def episodes(url: str | None, service: str | None, storage: str | None) -> list[
         finally:
             client.close()
         return live
-    entries = Journal(_existing(storage), None).entries()
-    found = {e.body["id"]: e.body for e in entries if e.event == "episode_closed"}
-    if entries and (still_open := entries[-1].state.get("episode")):
-        found[still_open["id"]] = still_open
-    return list(found.values())
+    return stored_episodes(storage)
 
 
 def history(url: Url = None, service: Service = None, storage: StorageUri = None, as_json: Json = False) -> None:
@@ -65,7 +87,7 @@ def history(url: Url = None, service: Service = None, storage: StorageUri = None
         for row in found:
             kind = (row["diagnosis"] or {}).get("kind", "-")
             verdict = f"{row['verdict'] or 'open'}{' (provisional)' if row['provisional'] else ''}"
-            table.add_row(row["id"], _when(row["opened_s"]), kind, verdict, short(row["winner"]), row["reason"])
+            table.add_row(row["id"], when(row["opened_s"]), kind, verdict, short(row["winner"]), row["reason"])
         out.print(table if found else "no episodes")
     finish(FINE if found else NOT_FINE)
 
@@ -78,10 +100,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Why an episode went as it did: alarm, diagnosis, trials, gate, rollout, each with its figures."""
-    found = {row["id"]: row for row in episodes(url, service, storage)}
-    if episode not in found:
-        raise SpecError(f"episode must be one of {', '.join(found) or 'none'}; got {episode!r}")
-    record = found[episode]
+    record = named(episodes(url, service, storage), episode)
     if as_json:
         show_json(record)
         return
@@ -89,9 +108,42 @@ def explain(
         out.print(line, markup=False, highlight=False)
 
 
+def evidence(
+    episode: Annotated[str, typer.Argument(help="Its id, as `heal history` lists it.")],
+    url: Url = None,
+    service: Service = None,
+    storage: StorageUri = None,
+    as_json: Json = False,
+) -> None:
+    """What an episode's verdict rests on: figures against limits, the adapter, the journal entries that prove it.
+
+    Adapter and journal are read and verified with --storage only. Exit code 1 when one of them does not verify.
+    """
+    record = named(episodes(url, service, storage), episode)
+    found = bundle(record, existing(storage) if storage else None)
+    if as_json:
+        show_json(found)
+    else:
+        for line in checks(found):
+            out.print(line, markup=False, highlight=False)
+    finish(NOT_FINE if found["problems"] else FINE)
+
+
+def named(records: list[dict[str, Any]], episode: str) -> dict[str, Any]:
+    """The record of that episode.
+
+    Raises:
+        SpecError: there is none; the message names those that are.
+    """
+    found = {row["id"]: row for row in records}
+    if episode not in found:
+        raise SpecError(f"episode must be one of {', '.join(found) or 'none'}; got {episode!r}")
+    return found[episode]
+
+
 def story(record: dict[str, Any]) -> list[str]:
     """An episode in sentences, each with the inequality that decided."""
-    lines = [f"{record['id']} opened {_when(record['opened_s'])}{' by hand' if record['manual'] else ''}"]
+    lines = [f"{record['id']} opened {when(record['opened_s'])}{' by hand' if record['manual'] else ''}"]
     if alarm := record["alarm"]:
         lines.append(
             f"alarm: {alarm['scope']}, statistic {_figure(alarm['statistic'])} > {_figure(alarm['threshold'])} "
@@ -113,12 +165,13 @@ def story(record: dict[str, Any]) -> list[str]:
         lines.append(f"gate: {gate['analysis']}: {gate['message']}")
         lines += [f"  {'ok ' if ok else 'NO '} {n} {_figure(v)}, limit {_figure(m)}" for n, v, m, ok in gate["checks"]]
     entered = sorted(record["phase_entered"].items(), key=lambda item: item[1])
-    lines += [f"{_when(at_s)} {phase}" for phase, at_s in entered]
+    lines += [f"{when(at_s)} {phase}" for phase, at_s in entered]
     end = f"verdict: {record['verdict'] or 'open'}{' (provisional)' if record['provisional'] else ''}"
     return [*lines, f"{end}: {record['reason']}" if record["reason"] else end]
 
 
-def _when(at_s: float) -> str:
+def when(at_s: float) -> str:
+    """Local time, to the second."""
     return datetime.datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -134,20 +187,25 @@ def audit_verify(storage: Where, service: Service = None, as_json: Json = False)
 
     With --service the key of this machine's key file must have signed it; else the key that entry 0 names.
     """
-    audit = verify_journal(_existing(storage), load_keys(service).public_key if service else None)
+    place = existing(storage)
+    public_key = known_keys(service).public_key if service else journal_key(place)
+    audit = verify_journal(place, public_key)
+    problems = audit.problems + note_problems(place, public_key)
+    if not audit.entries:
+        problems.append("there is no journal")
     if as_json:
-        show_json({"entries": audit.entries, "problems": audit.problems, "pinned": service is not None})
+        show_json({"entries": audit.entries, "problems": problems, "pinned": service is not None})
     else:
-        for problem in audit.problems:
+        for problem in problems:
             out.print(problem, markup=False, highlight=False)
         trusted = f"signed by {service}" if service else "signed by the key that entry 0 names (pin it with --service)"
-        out.print(f"{audit.entries} entries: " + ("problems found" if audit.problems else f"all verify, {trusted}"))
-    finish(NOT_FINE if audit.problems else FINE)
+        out.print(f"{audit.entries} entries: " + ("problems found" if problems else f"all verify, {trusted}"))
+    finish(NOT_FINE if problems else FINE)
 
 
 def adapters_ls(storage: Where, as_json: Json = False) -> None:
     """Every adapter's manifest in a line. Exit code 1 when there is none."""
-    found = list_adapters(_existing(storage))
+    found = list_adapters(existing(storage))
     if as_json:
         show_json(found)
     else:
@@ -163,7 +221,7 @@ def adapters_ls(storage: Where, as_json: Json = False) -> None:
 
 def adapters_show(digest: str, storage: Where, as_json: Json = True) -> None:
     """One adapter's manifest, configuration and tensors (shapes), as JSON. A unique prefix of the digest will do."""
-    place = _existing(storage)
+    place = existing(storage)
     config, tensors, manifest = load_adapter(place, _full_digest(place, digest))
     shapes = {name: f"{value.dtype} {list(value.shape)}" for name, value in tensors.items()}
     show_json({"manifest": manifest, "config": config, "tensors": shapes})
@@ -175,7 +233,7 @@ def adapters_verify(
     as_json: Json = False,
 ) -> None:
     """Check that adapters hash to their digests and their manifests are signed. Exit code 1 when one does not."""
-    place = _existing(storage)
+    place = existing(storage)
     keys = [key.split("/")[1] for key in place.list("adapters/") if key.endswith("/manifest.json")]
     problems: dict[str, str] = {}
     checked = [_full_digest(place, digest)] if digest else keys
@@ -199,11 +257,3 @@ def _full_digest(storage: Storage, prefix: str) -> str:
     if len(found) != 1:
         raise NotFound(f"digest must name one adapter on {storage.uri}; {prefix!r} fits {len(found)}; see adapters ls")
     return found[0]
-
-
-def _existing(uri: str) -> Storage:
-    """A storage with a service's records on it: a mistyped folder must not pass for an empty one."""
-    storage = open_storage(uri)
-    if not any(storage.list(prefix) for prefix in ("journal/", "adapters/", "models/")):
-        raise NotFound(f"no service keeps its records at {storage.uri}; check --storage")
-    return storage

@@ -5,18 +5,35 @@
 
 from __future__ import annotations
 
-import time
+import json
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.cli.client import Client, connect, short
-from orchestrator.cli.console import FINE, NOT_FINE, Json, Reason, Service, Url, finish, out, show_json
+from orchestrator.cli.console import (
+    FINE,
+    NOT_FINE,
+    Json,
+    Reason,
+    Service,
+    StorageUri,
+    Url,
+    finish,
+    given,
+    out,
+    show_json,
+)
+from orchestrator.cli.records import episodes, named, when
+from orchestrator.cli.stored import stored_state
 from orchestrator.cli.view import drift_level
-from orchestrator.errors import ServiceError, SpecError
+from orchestrator.errors import ServiceError
 from orchestrator.messages import Mode
 
 ANSWER_S = 10.0  # a command is handled by the next pass; a loaded orchestrator may take a few seconds
@@ -42,7 +59,9 @@ _PLAIN = {
 }
 
 
-def _state(url: str | None, service: str | None) -> dict[str, Any]:
+def _state(url: str | None, service: str | None, storage: str | None = None) -> dict[str, Any]:
+    if storage is not None:
+        return stored_state(storage)
     client = connect(url, service)
     try:
         return client.state()
@@ -53,32 +72,55 @@ def _state(url: str | None, service: str | None) -> dict[str, Any]:
 def status(
     url: Url = None,
     service: Service = None,
+    storage: StorageUri = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until interrupted.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Phase, generation, replicas, last verdict. Exit code 1 when there is a problem."""
-    client = connect(url, service)
-    try:
-        if watch:
-            with Live(_status(client.state()), refresh_per_second=2) as live:
-                while True:
-                    time.sleep(WATCH_S)
-                    live.update(_status(client.state()))
-        state = client.state()
-    finally:
-        client.close()
+    """Phase, generation, replicas, last verdict. Exit code 1 when there is a problem.
+
+    With --storage: as the last journal entry has it. With --watch --json: a line of JSON each second.
+    """
+    if watch:
+        return _watch(url, service, storage, as_json)
+    state = _state(url, service, storage)
     if as_json:
         show_json(state)
     else:
         out.print(_status(state))
     troubled = state.get("problem") or any(row["failure"] for row in state["replicas"])
-    finish(NOT_FINE if troubled else FINE)
+    return finish(NOT_FINE if troubled else FINE)
+
+
+def _watch(url: str | None, service: str | None, storage: str | None, as_json: bool) -> None:
+    """Show the state each second until Ctrl-C; a service that is away is shown as such."""
+    client = None if storage is not None else connect(url, service)
+    pause = threading.Event()  # never set: Ctrl-C ends the wait
+    try:
+        with nullcontext() if as_json else Live(console=out, refresh_per_second=2, transient=False) as live:
+            while True:
+                try:
+                    state = stored_state(storage) if storage is not None else client.state()  # type: ignore[union-attr]
+                except ServiceError as error:
+                    shown: Any = {"problem": str(error)} if live is None else Text(str(error), style="red")
+                else:
+                    shown = state if live is None else _status(state)
+                if live is None:
+                    typer.echo(json.dumps(shown, default=str))
+                else:
+                    live.update(shown)
+                pause.wait(WATCH_S)
+    except KeyboardInterrupt:
+        return
+    finally:
+        if client is not None:
+            client.close()
 
 
 def _status(state: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     paused = " (paused)" if state.get("paused") else ""
-    table.add_row("service", f"{state['service']}  mode {state['mode']}{paused}")
+    named = state["service"] or f"as recorded at {when(state['time_s'])}:"
+    table.add_row("service", f"{named}  mode {state['mode']}{paused}")
     table.add_row("phase", str(state["phase"]))
     table.add_row("serves", f"generation {state['generation']}: {short(state['stable'])}")
     table.add_row("drift", f"{drift_level(state):.2f} (an alarm at 1)")
@@ -93,9 +135,9 @@ def _status(state: dict[str, Any]) -> Table:
     return table
 
 
-def drift(url: Url = None, service: Service = None, as_json: Json = False) -> None:
-    """The drift tests by scope. Exit code 1 while an alarm stands."""
-    found = _state(url, service)["drift"]
+def drift(url: Url = None, service: Service = None, storage: StorageUri = None, as_json: Json = False) -> None:
+    """The drift tests by scope. Exit code 1 while an alarm stands. With --storage: the alarm of the last snapshot."""
+    found = _state(url, service, storage)["drift"]
     if as_json:
         show_json(found)
     else:
@@ -111,16 +153,14 @@ def drift(url: Url = None, service: Service = None, as_json: Json = False) -> No
 def trials(
     url: Url = None,
     service: Service = None,
+    storage: StorageUri = None,
     episode: Annotated[str | None, typer.Argument(help="Episode [default: the newest].")] = None,
     as_json: Json = False,
 ) -> None:
     """The trials of an episode's search. Exit code 1 when there are none."""
-    client = connect(url, service)
-    try:
-        records = [client.get(f"/healing/episodes/{episode}")] if episode else client.get("/healing/episodes")
-    finally:
-        client.close()
-    found = ((records[-1] if records else {}).get("search") or {}).get("trials", [])
+    records = episodes(url, service, storage)
+    record = named(records, episode) if episode else records[-1] if records else {}
+    found = (record.get("search") or {}).get("trials", [])
     if as_json:
         show_json(found)
     else:
@@ -145,11 +185,10 @@ def _figure(value: Any) -> str:
 
 def ask(url: str | None, service: str | None, name: str, reason: str, as_json: bool, **arguments: str) -> None:
     """Send a command, wait until it was handled, say how; exit code 1 when it was refused."""
-    if not reason.strip():
-        raise SpecError("--reason must say why; got an empty text")
+    why = given(reason)
     client = connect(url, service)
     try:
-        sent = client.command(name, reason, **arguments)
+        sent = client.command(name, why, **arguments)
         record = _answer(client, str(sent["command_id"]))
     finally:
         client.close()
