@@ -55,6 +55,11 @@ def test_report_is_small_on_the_wire_and_exact() -> None:
     assert (sizes[3] - sizes[1]) / 31 <= 1024
     again = pickle.loads(pickle.dumps(_report(windows)))
     for want, got in zip(windows, again.windows, strict=True):
-        assert (got.segment, got.count, got.first_s, got.last_s) == (want.segment, want.count, want.first_s, want.last_s)
+        assert (got.segment, got.count, got.first_s, got.last_s) == (
+            want.segment,
+            want.count,
+            want.first_s,
+            want.last_s,
+        )
         assert got.sums.dtype == np.int64
         np.testing.assert_array_equal(got.sums, want.sums)

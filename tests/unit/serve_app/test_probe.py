@@ -130,7 +130,8 @@ def test_images_of_bytes_are_seen_as_the_general_path_sees_them(layout: str, siz
     low, high = torch.from_numpy(moments.min_N), torch.from_numpy(moments.max_N)
     want = image_sketch(batch, layout, low, high).numpy()
     np.testing.assert_allclose(seen.sketch_NS.numpy(), want, rtol=1e-4, atol=1e-3)
-    assert (seen.hash_N[4] == seen.hash_N[5]) and len(seen.hash_N.unique()) == 8
+    assert seen.hash_N[4] == seen.hash_N[5]
+    assert len(seen.hash_N.unique()) == 8
 
 
 def test_equal_images_are_duplicates_within_their_window_only() -> None:
