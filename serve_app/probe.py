@@ -215,7 +215,7 @@ class Probe:
 
 
 def _largest(values_NX: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each row, NaN where the row holds one. (`all` over booleans is several times slower.)"""
+    """Largest magnitude of each row, NaN where the row holds one; `all` over booleans is several times slower."""
     return values_NX.abs().amax(dim=1)
 
 
