@@ -184,7 +184,7 @@ def summarise(
     """Reduce N instances to the vector of a window.
 
     Every real quantity is rounded to 1 / FEATURE_SCALE (features: FOURIER_SCALE) per instance, then summed, so that any
-    grouping into batches gives the same sums; only duplicates depend on it: they are counted within one call. An instance
+    grouping into batches gives the same sums; only duplicates depend on it: they are counted within one call. A row
     whose embedding or logits are not finite counts as `invalid` and adds nothing to features, classes and histograms.
 
     Args:
