@@ -1,8 +1,8 @@
 """What monitoring costs a replica: the probe's time beside the model's forward pass, and the bytes of a report.
 
 Rounds are interleaved, so that a busy machine slows both; a round is forward passes of 32 instances and, timed apart,
-reductions of as many rows together as a replica gathers. The baseline is fitted on part of the reference, seen through the model here: what it was
-fitted on changes nothing about the cost.
+reductions of as many rows together as a replica gathers. The baseline is fitted on part of the reference, seen through
+the model here: what it was fitted on changes nothing about the cost.
 """
 
 from __future__ import annotations
