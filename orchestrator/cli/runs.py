@@ -119,6 +119,9 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise SpecError(f"--set must be key=value; got {pair!r}")
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpecError(f"--set {key} must have a plain value; got {value!r}") from error
     HealSettings.from_dict(found)
     return found
