@@ -11,6 +11,7 @@ its edges only as `ports`. Three rules order everything here:
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator import healing, rollout
-from orchestrator.drift.diagnosis import diagnose
+from orchestrator.drift.diagnosis import diagnose, diagnose_failures
+from orchestrator.drift.labels import LabelTest, tolerated_error
 from orchestrator.drift.monitor import Monitor
 from orchestrator.drift.statistics import read
 from orchestrator.errors import HealError
 from orchestrator.fleet import Fleet
-from orchestrator.messages import BASE, Command, Diagnosis, Phase, Report, Target
+from orchestrator.messages import BASE, Alarm, Command, Diagnosis, LabelArrived, Phase, Report, Target
 from orchestrator.ports import Ports
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.state import (
@@ -44,6 +46,7 @@ log = logging.getLogger("rayheal")
 MAX_LABELS = 100_000  # joined labels kept in memory
 MAX_EVENTS = 1_000  # journal entries kept in memory for the page
 BASELINE_RETRY_PASSES = 8  # a missing baseline is looked for every this many passes
+LAST_WORD_S = 0.5 * healing.DIAGNOSIS_TIMEOUT_S  # an undecided diagnosis is waited for this long
 COLLAPSE_SHARE = 0.95  # one class at this share of a canary's answers ...
 COLLAPSE_EXCESS = 0.30  # ... and this far above its share in the reference is a collapse
 
@@ -72,6 +75,8 @@ class Controller:
         self._commands: deque[Command] = deque()
         self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._labels: OrderedDict[str, tuple[str, bool]] = OrderedDict()
+        self._label_test: LabelTest | None = None
+        self._label_alarm: Alarm | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._missing: dict[str, int] = {}
         self._stable_published: tuple[int, str] | None = None
@@ -89,11 +94,29 @@ class Controller:
             if self._fleet.admit(report, now_s) and report.base == self.config.base:
                 for window in report.windows:
                     self._monitor.absorb(report.replica_tag, window)
-                for label in report.labels:  # first label wins
-                    self._labels.setdefault(label.instance_id, (label.digest, label.prediction == label.label))
-                while len(self._labels) > MAX_LABELS:
-                    self._labels.popitem(last=False)
+                for label in report.labels:
+                    self._take_label(label, now_s)
             return replace(rollout.target(self._state, report.replica_tag), feedback_key=self._feedback_key)
+
+    def _take_label(self, label: LabelArrived, now_s: float) -> None:
+        """Count a label once, the first to come; those on the base are tested, whose accuracy is known."""
+        if label.instance_id in self._labels:
+            return
+        self._labels[label.instance_id] = (label.digest, label.prediction == label.label)
+        while len(self._labels) > MAX_LABELS:
+            self._labels.popitem(last=False)
+        baseline = self._monitor.baseline(BASE)
+        if label.digest != BASE or baseline is None or not math.isfinite(baseline.accuracy):
+            return
+        if self._label_test is None:
+            harm = self.settings.harm_threshold
+            tolerated = tolerated_error(baseline.accuracy, baseline.reference_count, harm)
+            self._label_test = LabelTest(tolerated, self.settings.arl_instances)
+        test = self._label_test
+        if test.absorb(label.prediction != label.label, label.predicted_s) and self._label_alarm is None:
+            self._label_alarm = Alarm(
+                "global", BASE, test.statistic, test.threshold, test.onset_s, now_s, test.labels, cause="labels"
+            )
 
     def command(self, command: Command) -> dict[str, Any]:
         """Queue what a person asked for; the next pass handles it once, however often it is delivered."""
@@ -131,7 +154,7 @@ class Controller:
             return Observation(
                 now_s=now_s,
                 replicas=self._fleet.views(now_s),
-                alarm=self._monitor.alarm(),
+                alarm=self._monitor.alarm() or self._fleet.outage(state.stable, now_s) or self._label_alarm,
                 diagnosis=self._diagnose(state),
                 buffered=self._buffered(state),
                 traffic_ended=self.traffic_ended,
@@ -150,6 +173,8 @@ class Controller:
         episode, settings = state.episode, self.config.settings
         if episode is None or episode.alarm is None or state.phase is not Phase.DIAGNOSING:
             return None
+        if episode.alarm.cause == "failures":
+            return diagnose_failures(episode.alarm)
         alarm = self._monitor.attribute(episode.alarm)
         window = self._monitor.since(alarm.onset_s, alarm.digest, alarm.scope)
         baseline = self._monitor.baseline(alarm.digest)
@@ -157,6 +182,7 @@ class Controller:
             return None
         if window.count < settings.diagnosis_instances and not self.traffic_ended:
             return None
+        waited_s = self._clock() - episode.phase_s
         return diagnose(
             baseline,
             window,
@@ -164,7 +190,8 @@ class Controller:
             len(self._fleet.views(self._clock())),
             settings,
             growth=self._monitor.growth(alarm),
-            final=self.traffic_ended or window.count >= settings.buffer_instances,
+            labels_say_harm=self._label_alarm is not None,
+            final=self.traffic_ended or window.count >= settings.buffer_instances or waited_s > LAST_WORD_S,
         )
 
     def _buffered(self, state: State) -> int:
@@ -238,6 +265,7 @@ class Controller:
             case ResetMonitor(digest=digest):
                 with self._lock:
                     self._monitor.reset(digest)
+                    self._label_test = self._label_alarm = None
             case Record():
                 pass  # written before the state was taken over
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,15 @@ def split_reference(reference: Dataset) -> dict[str, Dataset]:
             f"the reference must have rows for each of its parts; {len(reference)} rows split into {sizes}; add more"
         )
     return parts
+
+
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    """All rows of data sets of one shape, in order; labels are kept where every part has them."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Dataset(
+        np.concatenate([part.inputs for part in parts]),
+        np.concatenate(labels) if len(labels) == len(parts) else None,
+    )
 
 
 def row_hashes(inputs: np.ndarray) -> np.ndarray:

@@ -6,12 +6,17 @@ number left out is a loss that is reported as one.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 
-from orchestrator.messages import Report
+from orchestrator.messages import Alarm, Report
 from orchestrator.state import ReplicaView
 
 FORGET_S = 300.0  # a replica silent for this long leaves the table
+OUTAGE_S = 10.0  # failed requests are counted over this long
+OUTAGE_MIN_FAILED = 20  # fewer failures in that time are no outage, whatever their share
+OUTAGE_SHARE = 0.2  # of requests that fail
+WELL_SHARE = 0.02  # failing share up to which the other replicas are well
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,25 @@ class _Row:
     lost: int
     dropped: int
     versions: tuple[str, ...]
+    requests: int
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """Requests of one report."""
+
+    at_s: float
+    tag: str
+    answered: int
+    failed: int
 
 
 class Fleet:
-    """The table of replicas."""
+    """The table of replicas, and how their requests fared of late."""
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
+        self._recent: deque[_Requests] = deque()
         self.repeated = 0
 
     def admit(self, report: Report, now_s: float) -> bool:
@@ -38,9 +55,14 @@ class Fleet:
             self.repeated += 1
             self._rows[report.replica_tag] = replace(row, view=replace(row.view, last_seen_s=now_s))
             return False
-        lost = 0
+        lost = answered = failed = 0
         if same and row is not None:
             lost = row.lost + report.sequence - row.sequence - 1
+            answered, failed = report.requests - row.requests, report.errors - row.view.errors
+        if answered or failed:
+            self._recent.append(_Requests(now_s, report.replica_tag, answered, failed))
+        while self._recent and now_s - self._recent[0].at_s > OUTAGE_S:
+            self._recent.popleft()
         view = ReplicaView(
             tag=report.replica_tag,
             incarnation=report.incarnation,
@@ -52,8 +74,35 @@ class Fleet:
             failure=report.failure,
             base=report.base,
         )
-        self._rows[report.replica_tag] = _Row(view, report.sequence, lost, report.dropped, report.versions)
+        self._rows[report.replica_tag] = _Row(
+            view, report.sequence, lost, report.dropped, report.versions, report.requests
+        )
         return True
+
+    def outage(self, digest: str, now_s: float) -> Alarm | None:
+        """Requests that fail by the dozen: on one replica alone, or on all; None while there is no such thing.
+
+        Args:
+            digest: stable, for the alarm.
+            now_s: seconds since the epoch.
+        """
+        recent = [r for r in self._recent if now_s - r.at_s <= OUTAGE_S]
+        failed: Counter[str] = Counter()
+        total: Counter[str] = Counter()
+        for r in recent:
+            failed[r.tag] += r.failed
+            total[r.tag] += r.answered + r.failed
+        num_failed, num = sum(failed.values()), max(sum(total.values()), 1)
+        worst = max(failed, key=failed.__getitem__, default="")
+        if failed[worst] < OUTAGE_MIN_FAILED and num_failed < OUTAGE_MIN_FAILED:
+            return None
+        others = num - total[worst]
+        alone = others > 0 and (num_failed - failed[worst]) <= WELL_SHARE * others
+        share = failed[worst] / total[worst] if alone else num_failed / num
+        if share < OUTAGE_SHARE:
+            return None
+        scope = f"replica:{worst}" if alone else "global"
+        return Alarm(scope, digest, share, OUTAGE_SHARE, recent[0].at_s, now_s, num, cause="failures")
 
     def views(self, now_s: float) -> tuple[ReplicaView, ...]:
         """All replicas heard of lately, by tag."""

@@ -156,7 +156,7 @@ class Target:
 class Alarm:
     """The sequential test crossed its threshold."""
 
-    scope: str  # "global", "replica:<tag>" or "segment:<name>"
+    scope: str  # "global", "replica:<tag>", "segment:<name>"
     digest: str
     statistic: float
     threshold: float
@@ -164,6 +164,7 @@ class Alarm:
     raised_s: float
     instances: int  # seen by the test under this digest until the alarm
     returned: bool = False  # under an adapter: the traffic looks like the reference again
+    cause: str = "drift"  # what was seen: drift (of inputs or outputs), labels (more errors), failures (of requests)
 
 
 @dataclass(frozen=True)

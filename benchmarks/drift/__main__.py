@@ -71,8 +71,9 @@ def main() -> None:
         case "centre":
             centre.measure(Features(path), args.replicas, args.duration, args.arl)
         case "probe":
-            probe_cost.measure_cost(args.data, Features(path), args.rounds, args.device)
-            probe_cost.measure_bytes(args.data, Features(path))
+            served = probe_cost.Served(args.data, args.device)
+            probe_cost.measure_cost(served, args.rounds)
+            probe_cost.measure_bytes(served)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.drift.features import CLEAN, Features
+from benchmarks.drift.false_alarms import drawn_baseline_and_fit
+from benchmarks.drift.features import REFERENCE, Features
+from benchmarks.drift.generator import Generator
 from benchmarks.drift.streams import monitor_of, windows_of
 from orchestrator.fleet import Fleet
 from orchestrator.messages import Report, Window
 
 REPEATED, LATE, LOST = 0.02, 0.01, 0.01  # shares of the reports
 TARGET_SHARE = 0.20
+POOL_INSTANCES = 65_536  # clean ones that the reports' windows are picked from
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ def reports(windows: list[Window], num_replicas: int, seconds: int, seed: int) -
 
 def measure(features: Features, num_replicas: int, seconds: int, arl_instances: int, seed: int = 0) -> None:
     """Deliver all reports as fast as they go; prints the share of one core and the counts beside what was sent."""
-    windows = list(windows_of(features.baseline, features.sample(CLEAN)))
+    generator, rng = Generator(features.sample(REFERENCE)), np.random.default_rng(seed)
+    baseline, _ = drawn_baseline_and_fit(generator, "independent", rng)  # of the world that the windows come from
+    windows = list(windows_of(baseline, generator.draw(generator.independent(POOL_INSTANCES, rng), rng)))
     sent = reports(windows, num_replicas, seconds, seed)
-    monitor, fleet = monitor_of(features.baseline, arl_instances), Fleet()
+    monitor, fleet = monitor_of(baseline, arl_instances), Fleet()
     counted = alarms = 0
     started_s = time.process_time()
     for second, report in sent.deliveries:

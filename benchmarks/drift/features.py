@@ -20,6 +20,7 @@ DRIFTS = ("gaussian_noise", "defocus_blur", "glass_blur", "fog", "contrast", "br
 PERCENTS = (100, 50, 25)  # of the drifted image's pixels in the blend
 CLEAN, REFERENCE = "clean", "reference"
 NUM_CHANNELS = 3
+FITTED_PARTS = ("fit", "gate")  # of the reference, that the base's baseline is fitted on: `tuning.prepare`
 
 
 def set_name(drift: str, percent: int) -> str:
@@ -50,12 +51,12 @@ class Features:
 
     @cached_property
     def fit_rows_N(self) -> np.ndarray:
-        """Which rows of the reference are its fit part, as the product splits it by content."""
+        """Which rows of the reference the baseline is fitted on, as the product splits it by content."""
         return np.asarray(self._npz["fit_rows"])
 
     @cached_property
     def baseline(self) -> Baseline:
-        """The base's baseline, fitted on the reference's fit part."""
+        """The base's baseline, fitted on what the product fits it on."""
         return fit_baseline("bench", "base", rows_of(self.sample(REFERENCE), self.fit_rows_N), None, None, NUM_CHANNELS)
 
 
@@ -96,7 +97,8 @@ def measure(data: Path, path: Path) -> None:
         )
 
     numbered = replace(reference, labels=np.arange(len(reference)))
-    arrays["fit_rows"] = np.asarray(split_reference(numbered)["fit"].labels)
+    parts = split_reference(numbered)
+    arrays["fit_rows"] = np.sort(np.concatenate([parts[name].labels for name in FITTED_PARTS]))
     keep(REFERENCE, reference.inputs, reference.labels)
     clean = both(CLEAN)
     keep(CLEAN, clean.inputs, clean.labels)

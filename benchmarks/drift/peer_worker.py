@@ -50,7 +50,7 @@ class _Cvm:
         from alibi_detect.cd import CVMDriftOnline
 
         self._detector = CVMDriftOnline(
-            reference.astype(np.float64), 200.0, [window // 2, window], n_bootstraps=20_000, verbose=False
+            reference.astype(np.float64), UNUSED_ERT, [window // 2, window], n_bootstraps=2_000, verbose=False
         )
 
     def update(self, x: np.ndarray) -> float:

@@ -36,6 +36,7 @@ class Case:
     """An alarm with the traffic since its onset.
 
     `growth` is how many times its former share of the traffic the alarm's source has now; nan where unknown.
+    `labels_say_harm`: true labels show more errors than the reference's.
     """
 
     baseline: Baseline
@@ -45,6 +46,7 @@ class Case:
     fleet_size: int
     settings: HealSettings
     growth: float = float("nan")
+    labels_say_harm: bool = False
 
     @cached_property
     def shift_p(self) -> float:

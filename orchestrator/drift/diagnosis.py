@@ -1,8 +1,8 @@
 """Which kind of drift is it, and does it harm? A decision list, from the most special cause to the most general.
 
 One broken replica first, then broken inputs (they imitate covariate drift in embedding space), then a mere change of
-class shares, then covariate drift by its estimated loss. Whatever does not fit is `unknown`. Concept drift cannot be
-seen here: without labels it looks like nothing. Called by the controller; pure.
+class shares, then covariate drift by its estimated loss. Whatever does not fit is `unknown`. Concept drift is what
+nothing but labels show: without them it looks like nothing. Called by the controller; pure.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def diagnose(
     fleet_size: int,
     settings: HealSettings,
     growth: float = float("nan"),
+    labels_say_harm: bool = False,
     final: bool = True,
 ) -> Diagnosis | None:
     """Tell the kind of drift from the merged window since the onset.
@@ -55,25 +56,35 @@ def diagnose(
         fleet_size: replicas that are alive.
         settings: `harm_threshold` separates benign from harmful.
         growth: how many times its former share of the traffic the alarm's segment sends now; nan where unknown.
+        labels_say_harm: true labels show more errors than the reference's.
         final: False while more instances can be waited for.
 
     Returns:
         Kind, a reason in one sentence with its inequality, and evidence as plain numbers and words. `none` when the
-        longer window shows nothing any more. None when more instances are needed to tell harm from no harm.
+        longer window shows nothing any more. None when more instances are needed to tell drift from none, or harm
+        from no harm.
 
     Raises:
         ValueError: the window's vector does not fit the baseline's layout.
     """
     summary = read(baseline.layout, window)
-    case = Case(baseline, summary, evidence_of(baseline, window), alarm, fleet_size, settings, growth)
+    evidence = evidence_of(baseline, window)
+    case = Case(baseline, summary, evidence, alarm, fleet_size, settings, growth, labels_say_harm)
     loss = estimate_loss(baseline, summary)
     finding = next((found for rule in RULES if (found := rule(case)) is not None), None)
     finding = finding or _weigh_harm(case, loss, final)
-    if finding is None:
+    if finding is None or (finding.kind is Kind.NONE and not final):
         return None
     known_loss = loss.loss if math.isfinite(loss.loss) else 0.0
-    evidence = _evidence(case, loss) | finding.evidence
-    return Diagnosis(finding.kind, finding.reason, window.count, known_loss, evidence)
+    figures = _evidence(case, loss) | finding.evidence
+    return Diagnosis(finding.kind, finding.reason, window.count, known_loss, figures)
+
+
+def diagnose_failures(alarm: Alarm) -> Diagnosis:
+    """Requests fail, on one replica or on all: no matter of drift, and nothing to wait for."""
+    kind = Kind.REPLICA_FAULT if alarm.scope.startswith("replica:") else Kind.OUTAGE
+    reason = f"{alarm.scope}: share of failed requests {alarm.statistic:.3f} >= {alarm.threshold:.3f}"
+    return Diagnosis(kind, reason, alarm.instances, 0.0, {"scope": alarm.scope, "failed_share": alarm.statistic})
 
 
 def _evidence(case: Case, loss: LossEstimate) -> dict[str, Any]:
@@ -117,10 +128,13 @@ def _find_too_few(case: Case) -> Finding | None:
 
 
 def _find_nothing(case: Case) -> Finding | None:
-    """A false alarm, or a drift that only a part of the traffic shows."""
+    """A false alarm, a drift that only a part of the traffic shows, or one that only labels show."""
     p = min(case.shift_p, classes_p(case.baseline, case.evidence.classes_K, DISPERSION))
     if p <= NORMAL_P:
         return None
+    if case.labels_say_harm:
+        reason = f"labels show more errors although inputs and outputs look as they did: p {p:.3f} > {NORMAL_P}"
+        return Finding(Kind.CONCEPT, reason, {})
     reason = f"no shift left in {case.summary.count} instances: p {p:.3f} > {NORMAL_P}"
     if case.alarm.scope == "global":
         return Finding(Kind.NONE, reason, {})
@@ -146,6 +160,8 @@ def _weigh_harm(case: Case, loss: LossEstimate, final: bool) -> Finding | None:
     limit, margin = case.settings.harm_threshold, HARM_SIGMAS * loss.standard_error
     if not math.isfinite(loss.loss):
         return Finding(Kind.UNKNOWN, "the loss of accuracy could not be estimated", {})
+    if case.labels_say_harm:
+        return Finding(Kind.COVARIATE_HARMFUL, "inputs changed, and labels show more errors than on the reference", {})
     words = f"estimated loss {loss.loss:.3f} +- {loss.standard_error:.3f}"
     if loss.loss - margin >= limit:
         reason = f"inputs changed ({_inequality(case.alarm)}), {words} >= {limit:.3f}"

@@ -1,8 +1,8 @@
 """Is it the class shares alone? Then everything else, class by class, is as it was.
 
-Not rejected is not the same as fits: few reference rows of a class forgive any residual, and EM always finds some
-priors. So the residual is measured as well as tested, in the embedding, in the inputs and in the confidences. Called
-by `diagnosis`; pure.
+EM always finds some priors, so what it leaves decides. A test would not do: few reference rows of a class forgive any
+residual, and of many instances none fits to the last digit. So the residual is measured, in the embedding, in the
+inputs and in the confidences. Called by `diagnosis`; pure.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from orchestrator.drift.estimate import priors_from_shares
 from orchestrator.messages import Kind
 
 MIN_CHANGE = 0.10  # total variation of the priors below which there is no prior shift to speak of
-RESIDUAL_P = 0.01  # the reweighted reference must be as close as this p-value says ...
-MAX_RESIDUAL = 0.25  # ... and leave no more than this part of the squared distance
+MAX_RESIDUAL = 0.25  # part of the squared distance that the reweighted reference may leave
 MAX_WEIGHT = 20.0  # a class weighted higher rests on too few reference instances
 MAX_INPUT_SIGMAS = 4.5  # of one standardised mean of the inputs against the reweighted reference
 INPUT_TOLERANCE = 0.01  # of its variance that is forgiven
@@ -32,19 +31,24 @@ def find_priors(case: Case) -> Finding | None:
     if change < MIN_CHANGE or weight > MAX_WEIGHT or not np.isfinite(baseline.accuracy):
         return None
     counts_K = np.maximum(baseline.class_counts_K, 1.0)
-    p = case.shift_p
     left, before = _feature_residual(case, now_K)
     sigmas = _input_residual(case, now_K, counts_K)
     stray = _confidence_residual(case, now_K, counts_K)
-    if p < RESIDUAL_P or left > MAX_RESIDUAL * max(before, 0.0):
+    if left > MAX_RESIDUAL * max(before, 0.0):
         return None
     if sigmas > MAX_INPUT_SIGMAS or stray > MAX_CONFIDENCE_DISTANCE:
         return None
     reason = (
-        f"class shares alone explain the shift (change {change:.2f}): residual p {p:.3f} >= {RESIDUAL_P}, "
-        f"distance left {left:.3g} <= {MAX_RESIDUAL} x {before:.3g}"
+        f"class shares alone explain the shift (change {change:.2f}): distance left {left:.3g} <= {MAX_RESIDUAL} x "
+        f"{before:.3g}, inputs off by {sigmas:.1f} <= {MAX_INPUT_SIGMAS} standard errors"
     )
-    evidence = {"residual_p": p, "residual": left, "shift": before, "input_sigmas": sigmas, "confidence_stray": stray}
+    evidence = {
+        "residual_p": case.shift_p,
+        "residual": left,
+        "shift": before,
+        "input_sigmas": sigmas,
+        "confidence_stray": stray,
+    }
     return Finding(Kind.PRIOR_SHIFT, reason, evidence | {f"prior_{k}": float(v) for k, v in enumerate(now_K)})
 
 

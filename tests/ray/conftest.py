@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,9 @@ FAST = {
 }
 
 
-@pytest.fixture
-def start_service(cluster: int, tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """A function that starts a service of the tiny model; what it started is removed afterwards."""
+@contextmanager
+def _services(port: int, spec: Path, records: Path) -> Iterator[Callable[..., Service]]:
+    """A function that starts a service of the tiny model; what it started is removed at the end."""
     import ray
     from ray import serve
 
@@ -125,12 +126,12 @@ def start_service(cluster: int, tiny_model: Path, tmp_path: Path) -> Iterator[Ca
     started: list[str] = []
 
     def start(name: str, **args: Any) -> Service:
-        storage = args.pop("storage", str(tmp_path / "storage"))
-        values = {"model": str(tiny_model), "storage": storage, "service": name, "replicas": 2, **FAST, **args}
+        storage = args.pop("storage", str(records / name))
+        values = {"model": str(spec), "storage": storage, "service": name, "replicas": 2, **FAST, **args}
         serve.run(app(AppArgs(**values)), name=name, route_prefix=f"/{name}")
         started.append(name)
         tokens = load_keys(name).tokens
-        return Service(f"http://127.0.0.1:{cluster}/{name}", "stripes", name, tokens, storage, tiny_model.parent)
+        return Service(f"http://127.0.0.1:{port}/{name}", "stripes", name, tokens, storage, spec.parent)
 
     yield start
     for name in started:
@@ -142,9 +143,19 @@ def start_service(cluster: int, tiny_model: Path, tmp_path: Path) -> Iterator[Ca
 
 
 @pytest.fixture
-def service(start_service: Callable[..., Service]) -> Service:
-    """A running service in mode auto."""
-    return start_service("stripes-service")
+def start_service(cluster: int, tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """A function that starts a service of the tiny model; what it started is removed after the test."""
+    with _services(cluster, tiny_model, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def service(
+    cluster: int, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    """One running service in mode auto for all tests that only ask it things and change nothing."""
+    with _services(cluster, tiny_model, tmp_path_factory.mktemp("records")) as start:
+        yield start("stripes-service")
 
 
 class Traffic(threading.Thread):

@@ -43,6 +43,8 @@ def _state() -> dict[str, Any]:
 
 def test_users_own_deployment_answers_as_before_and_heals(own_deployment: str) -> None:
     with httpx.Client() as client:
+        schema = [client.get(f"{own_deployment}/{name}/openapi.json").json() for name in ("plain", "own")]
+        assert schema[0]["paths"] == schema[1]["paths"]
         images, _ = tiny.make(16, seed=5)
         before = _classify(client, own_deployment + "/plain/classify", images)
         assert _classify(client, own_deployment + "/own/classify", images) == before

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI
+from fastapi import Body, FastAPI
 from ray import serve
 from safetensors.torch import load_file
 
@@ -15,6 +15,7 @@ from serve_app.healable import Healable  # changed line 1
 
 plain_api = FastAPI()
 healable_api = FastAPI()
+Images = Annotated[list[Any], Body(description="pixels, nested like (N, 16, 16, 3)")]
 
 
 def _module(folder: str) -> torch.nn.Module:
@@ -32,7 +33,7 @@ class PlainClassifier:
         self.model = _module(folder)
 
     @plain_api.post("/classify")
-    def classify(self, images: list[Any]) -> dict[str, Any]:
+    def classify(self, images: Images) -> dict[str, Any]:
         batch = torch.from_numpy(np.asarray(images, dtype=np.uint8))
         with torch.inference_mode():
             logits = self.model(batch)
@@ -48,7 +49,7 @@ class HealableClassifier:
         )
 
     @healable_api.post("/classify")
-    def classify(self, images: list[Any]) -> dict[str, Any]:
+    def classify(self, images: Images) -> dict[str, Any]:
         batch = torch.from_numpy(np.asarray(images, dtype=np.uint8))
         with torch.inference_mode():
             logits = self.model(batch)

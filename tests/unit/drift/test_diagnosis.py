@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mixture import World, window
 
-from orchestrator.drift.diagnosis import diagnose
+from orchestrator.drift.diagnosis import diagnose, diagnose_failures
 from orchestrator.messages import Alarm, Kind
 from orchestrator.settings import HealSettings
 
@@ -100,6 +100,39 @@ def test_a_replica_that_strays_alone_is_faulty_but_a_fleet_of_one_is_not():
     sample, alarm = WORLD.sample(256, shift=1.0), replace(ALARM, scope="replica:r1")
     assert kind_of(sample, alarm=alarm, fleet_size=3).kind is Kind.REPLICA_FAULT
     assert kind_of(sample, alarm=alarm, fleet_size=1).kind is Kind.COVARIATE_HARMFUL
+
+
+def test_errors_that_nothing_but_labels_show_are_concept_drift():
+    w = window(BASELINE, WORLD.sample(512))
+    alarm = replace(ALARM, cause="labels")
+    assert diagnose(BASELINE, w, alarm, 2, HealSettings(), labels_say_harm=True).kind is Kind.CONCEPT
+    w = window(BASELINE, WORLD.sample(512, shift=0.3))
+    assert diagnose(BASELINE, w, alarm, 2, HealSettings(), labels_say_harm=True).kind is Kind.COVARIATE_HARMFUL
+
+
+def test_a_source_that_strays_and_floods_is_suspicious_and_one_that_only_strays_is_not():
+    w = window(BASELINE, WORLD.sample(256, shift=1.0), segment="north")
+    alarm = replace(ALARM, scope="segment:north")
+    assert diagnose(BASELINE, w, alarm, 2, HealSettings(), growth=5.0).kind is Kind.SUSPICIOUS_SOURCE
+    assert diagnose(BASELINE, w, alarm, 2, HealSettings(), growth=1.2).kind is Kind.COVARIATE_HARMFUL
+    assert diagnose(BASELINE, w, alarm, 2, HealSettings()).kind is Kind.COVARIATE_HARMFUL
+
+
+def test_harm_that_is_not_clear_waits_for_more_instances_while_they_come():
+    for sample, last_word in ((WORLD.sample(300, shift=0.6), Kind.COVARIATE_BENIGN), (WORLD.sample(300), Kind.NONE)):
+        w = window(BASELINE, sample)
+        loss = diagnose(BASELINE, w, ALARM, 2, HealSettings()).estimated_loss
+        settings = HealSettings(harm_threshold=loss)  # right on the line: no telling from these
+        assert diagnose(BASELINE, w, ALARM, 2, settings, final=False) is None
+        assert diagnose(BASELINE, w, ALARM, 2, settings).kind is last_word
+
+
+def test_failing_requests_are_an_outage_or_one_replicas_fault():
+    alarm = replace(ALARM, cause="failures", statistic=0.6, threshold=0.2)
+    assert diagnose_failures(alarm).kind is Kind.OUTAGE
+    found = diagnose_failures(replace(alarm, scope="replica:r1"))
+    assert found.kind is Kind.REPLICA_FAULT
+    assert "0.600 >= 0.200" in found.reason
 
 
 def test_too_few_instances_are_unknown():

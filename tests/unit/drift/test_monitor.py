@@ -1,5 +1,6 @@
 """The fleet's monitor: one sticky alarm, its scope, the way back, restarts."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,20 @@ def test_one_drifted_segment_is_named():
         for site in ("north", "south"):
             feed(monitor, 2, start_s=64.0 * i, segment=site, broken=("south",))
     assert monitor.attribute(monitor.alarm()).scope == "segment:south"
+
+
+def test_the_growth_of_a_source_is_its_share_now_in_its_share_before():
+    monitor = fresh()
+    for i in range(20):
+        for site in ("north", "south"):
+            feed(monitor, 1, start_s=32.0 * i, segment=site)
+    for i in range(12):
+        feed(monitor, 3, start_s=5000.0 + 64.0 * i, segment="south", broken=("south",))
+        feed(monitor, 1, start_s=5048.0 + 64.0 * i, segment="north")
+    alarm = monitor.attribute(monitor.alarm())
+    assert alarm.scope == "segment:south"
+    assert monitor.growth(alarm) == pytest.approx(1.5, abs=0.15)  # 75% of the traffic where it was 50%
+    assert math.isnan(monitor.growth(replace(alarm, scope="global")))
 
 
 def test_windows_without_a_baseline_or_of_another_base_are_counted_and_ignored():

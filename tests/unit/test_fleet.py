@@ -1,0 +1,49 @@
+"""Requests that fail: an outage of all, a fault of one, and neither."""
+
+import pytest
+
+from orchestrator.fleet import Fleet
+from orchestrator.messages import Report
+
+
+def report(tag, sequence, requests, errors):
+    return Report(tag, "i0", sequence, "b", 1, "base", ("base",), requests=requests, errors=errors)
+
+
+def fleet(*rows):
+    """Two reports a replica, half a second apart: (tag, answered, failed) between them."""
+    found = Fleet()
+    for tag, answered, failed in rows:
+        found.admit(report(tag, 0, 100, 3), 10.0)
+        found.admit(report(tag, 1, 100 + answered, 3 + failed), 10.5)
+    return found
+
+
+def test_failures_on_every_replica_are_an_outage():
+    alarm = fleet(("a", 30, 30), ("b", 40, 20)).outage("base", 11.0)
+    assert (alarm.scope, alarm.cause) == ("global", "failures")
+    assert alarm.statistic == pytest.approx(50 / 120)
+
+
+def test_failures_on_one_replica_alone_name_it():
+    assert fleet(("a", 100, 0), ("b", 10, 40)).outage("base", 11.0).scope == "replica:b"
+
+
+def test_few_failures_and_old_ones_are_no_outage():
+    assert fleet(("a", 100, 5), ("b", 100, 4)).outage("base", 11.0) is None
+    assert fleet(("a", 1000, 25), ("b", 1000, 25)).outage("base", 11.0) is None
+    assert fleet(("a", 30, 30), ("b", 40, 20)).outage("base", 30.0) is None
+    assert Fleet().outage("base", 1.0) is None
+
+
+def test_a_replica_that_starts_counts_from_its_first_report():
+    found = Fleet()
+    found.admit(report("a", 0, 0, 50), 10.0)  # failures before it was first heard of are not news
+    assert found.outage("base", 10.0) is None
+
+
+def test_a_repeated_report_does_not_count_its_failures_twice():
+    found = fleet(("a", 5, 15))
+    found.admit(report("a", 1, 105, 18), 10.6)
+    assert found.outage("base", 11.0) is None
+    assert found.repeated == 1
