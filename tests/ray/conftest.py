@@ -150,9 +150,7 @@ def start_service(cluster: int, tiny_model: Path, tmp_path: Path) -> Iterator[Ca
 
 
 @pytest.fixture(scope="session")
-def service(
-    cluster: int, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+def service(cluster: int, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One running service in mode auto for all tests that only ask it things and change nothing."""
     with _services(cluster, tiny_model, tmp_path_factory.mktemp("records")) as start:
         yield start("stripes-service")
