@@ -2,8 +2,8 @@
 
 Windows are merged to steps of at least 32 instances, steps to windows of 32, 64, ... 8,192 that overlap by three
 quarters. Each of them is tested in each part of the `evidence` at a level a = share * stride / threshold, where stride
-is how many instances pass between two such tests (at the least: a busy scope's steps hold more than 32). So the expected number of false alarms among N instances is at most
-the sum of all levels spent on them: N / threshold.
+is how many instances pass between two such tests at the least (a busy scope's steps hold more than 32). So the expected
+number of false alarms among N instances is at most the sum of all levels spent on them: N / threshold.
 
 That is an e-detector whose e-values are all or nothing, 1{p <= a} / a: whatever the dependence between the tests, the
 mean number of instances between false alarms is at least the threshold. Sources: Shin, Ramdas & Rinaldo 2024,
