@@ -1,6 +1,7 @@
-"""Plain Ray Serve with the same model: FastAPI ingress, `@serve.batch`, raw bytes in, JSON out. No monitoring."""
+"""Plain Ray Serve with the same model: FastAPI ingress, `@serve.batch`, raw bytes in, JSON out. No monitoring.
 
-from __future__ import annotations
+Without `from __future__ import annotations`: in a pickled ingress FastAPI cannot resolve annotations that are strings.
+"""
 
 from typing import Any
 
