@@ -17,7 +17,7 @@ demo: .venv
 
 test: .venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --durations=10
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray/test_loop.py --durations=10 # the others join when they were seen green on a quiet machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray --durations=10
 
 check: .venv
 	$(BIN)/ruff format --check .

@@ -18,11 +18,12 @@ from ray.serve import Application
 
 from orchestrator.errors import HealError, ServiceError
 from orchestrator.keys import heal_home, load_keys
-from orchestrator.registry import publish_model
+from orchestrator.registry import fetch_model, load_published_spec, publish_model
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 from serve_app.replica import ModelServer
+from serve_app.trial_run import try_model
 
 APPLICATION = "heal"  # name of a local start's Serve application
 REPLICA_START_CPUS = 0.1  # two replicas at Serve's default of 1 CPU would leave a 2-core machine none for trials
@@ -77,6 +78,8 @@ def _published(args: ServiceArgs) -> ServiceConfig:
     storage = _absolute(args.storage or str(heal_home() / "storage" / spec.name))
     settings = HealSettings.from_dict({f.name: getattr(args, f.name) for f in fields(HealSettings)})
     base = publish_model(open_storage(storage), spec)
+    folder = fetch_model(open_storage(storage), base)
+    try_model(folder, load_published_spec(folder))
     return ServiceConfig(args.service or spec.name, storage, base, settings, time.time())
 
 
@@ -109,7 +112,7 @@ def _environment(args: ServiceArgs) -> dict[str, Any]:
 
 
 def default_app() -> Application:
-    """The application with every argument at its default (for `serve build` and `serve deploy`)."""
+    """The application with every argument at its default; bound as `serve_app:default_app`."""
     return app(AppArgs())
 
 

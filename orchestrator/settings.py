@@ -14,7 +14,10 @@ NAMESPACE = "rayheal"  # Ray namespace of all named actors
 WINDOW_INSTANCES = 32  # a statistics window closes at this many instances ...
 WINDOW_S = 1.0  # ... or at this age
 MAX_SEGMENTS = 32  # further segments count as "other"
-FEATURE_SCALE = 1 << 15  # quantisation of statistics to integers
+FEATURE_SCALE = 1 << 13  # quantisation of an instance's statistics to integers
+# The same of its Fourier features. They are cosines of a variance of about 1/2, to which rounding to 1/128 adds 5e-6;
+# every further bit lengthens a report by 64 bytes. Not for confidence and entropy, which may all lie next to a bound.
+FOURIER_SCALE = 1 << 7
 PCA_DIMENSIONS = 64
 FOURIER_FEATURES = 512
 

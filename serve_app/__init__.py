@@ -11,11 +11,12 @@ from typing import Any
 
 from orchestrator.settings import APP_FACTORY
 
-_LAZY = ("app", "default_app")
+_BUILDER, _BOUND = "app", "default_app"  # takes arguments; an application with every argument at its default
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in (_BUILDER, _BOUND):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, _ = APP_FACTORY.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    return found() if name == _BOUND else found

@@ -7,6 +7,7 @@ any centre follow without cancellation. Agrees with `tuning.sketch.image_sketch`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +125,12 @@ class ByteImages:
         variance_N1 = (square_NG - (2 * mean_N1) * mean_NG).mean(dim=1, keepdim=True) + mean_N1.square()
         flat_NG = square_NG - mean_NG.square() <= FLAT_SHARE * variance_N1
         step = max(1, self._pixels // GREY_PIXELS) | 1
-        same_N = (self._plane(y_NV, 0)[:, ::step] == self._plane(y_NV, last)[:, ::step]).all(dim=1)
-        grey_N = same_N & (sums_NC[:, 0] == sums_NC[:, last]) & (squares_NC[:, 0] == squares_NC[:, last])
+        apart_NP = self._plane(y_NV, 0)[:, ::step] - self._plane(y_NV, last)[:, ::step]
+        grey_N = (
+            (torch.linalg.vector_norm(apart_NP, dim=1) == 0.0)
+            & (sums_NC[:, 0] == sums_NC[:, last])
+            & (squares_NC[:, 0] == squares_NC[:, last])
+        )
         contrast_N1 = variance_N1.clamp_min(0.0).sqrt()
         extremes_N3 = torch.stack([low_N, high_N, grey_N.double()], dim=1)
         return torch.cat([rough_N2.double(), contrast_N1, extremes_N3, mean_NG - mean_N1, flat_NG.double()], dim=1)
@@ -133,7 +138,8 @@ class ByteImages:
 
 def _root_mean_square(values_NHW: torch.Tensor) -> torch.Tensor:
     flat_NP = values_NHW.flatten(1)
-    return torch.linalg.vector_norm(flat_NP, dim=1) / flat_NP.shape[1] ** 0.5
+    lengths_N: torch.Tensor = torch.linalg.vector_norm(flat_NP, dim=1)
+    return lengths_N / math.sqrt(flat_NP.shape[1])
 
 
 def _divisor(number: int, limit: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.responses import HTMLResponse, StreamingResponse
 
-from orchestrator.errors import RequestError
+from orchestrator.errors import HealError, RequestError
 from orchestrator.messages import Command, Mode
 from serve_app.protocol import load_json
 from serve_app.web import ModelPort, read_body, reply, route
@@ -132,4 +132,8 @@ async def _stream(found: ModelPort, batch: list[dict[str, Any]], after: int) -> 
         if time.monotonic() + POLL_S >= until:
             return
         await asyncio.sleep(POLL_S)
-        batch = await found.control("events", after)
+        try:
+            batch = await found.control("events", after)
+        except HealError as error:  # the headers are out: say it, and let the client resume where it stopped
+            yield f": {error}\n\n"
+            return

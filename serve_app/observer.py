@@ -23,6 +23,7 @@ from serve_app.traffic import Rows, TrafficLog
 from serve_app.twins import Served
 from serve_app.windows import Windows
 
+REDUCED_ROWS = 4 * WINDOW_INSTANCES  # gathered before they are summed: operators cost more than pixels below this
 KEPT_BYTES = 8 << 20  # inputs waiting for their window, of one version and segment
 
 log = logging.getLogger("rayheal")
@@ -103,14 +104,14 @@ class Observer:
             self._keep((digest, segment), owned if whole else _pick(owned, slices), now_s)
 
     def _keep(self, key: tuple[str, str], fresh: Pass, now_s: float) -> None:
-        """Gather rows up to a window: one reduction of 32 rows costs little more than one of a single row."""
+        """Gather rows: one reduction of REDUCED_ROWS costs half as much a row as one of WINDOW_INSTANCES."""
         with self._lock:
             kept = self._kept.setdefault(key, _Kept(now_s))
             kept.passes.append(fresh)
             kept.last_s = now_s
             kept.count += len(fresh.logits)
             kept.num_bytes += fresh.inputs.nbytes
-            full = kept.count >= WINDOW_INSTANCES or kept.num_bytes >= KEPT_BYTES
+            full = kept.count >= REDUCED_ROWS or kept.num_bytes >= KEPT_BYTES
         if full:
             self._reduce(key)
 

@@ -14,7 +14,7 @@ import torch
 
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.statistics import CHANNEL_CLIP, EMBEDDING_CLIP, NUM_BINS, SKETCH_CLIP
-from orchestrator.settings import FEATURE_SCALE
+from orchestrator.settings import FEATURE_SCALE, FOURIER_SCALE, WINDOW_INSTANCES
 from serve_app.byte_images import CENTRE, HASHED_VALUES, ByteImages
 from tuning.sketch import image_sketch
 
@@ -87,7 +87,7 @@ class Probe:
         Returns:
             int64 (layout.size,) on the device.
         """
-        valid_N = embedding_ND.isfinite().all(dim=1) & logits_NK.isfinite().all(dim=1)
+        valid_N = torch.maximum(_largest(embedding_ND), _largest(logits_NK)).isfinite()
         byte_images = inputs.dtype == torch.uint8 and inputs.ndim == 4 and self._input_layout != "F"
         seen = self._read_bytes(inputs) if byte_images else self._read_any(inputs)
         counts, reals_N2 = self._outputs(logits_NK, valid_N)
@@ -98,9 +98,9 @@ class Probe:
     def _features(self, embedding_ND: torch.Tensor, valid_N: torch.Tensor) -> torch.Tensor:
         z_NP = ((embedding_ND.float() - self._center_D) @ self._projection_DP).clamp_(-EMBEDDING_CLIP, EMBEDDING_CLIP)
         phase_NF = z_NP @ self._frequencies_PF
-        features_NM = torch.cat([phase_NF.cos(), phase_NF.sin_()], dim=1).mul_(FEATURE_SCALE).round_()
+        features_NM = torch.cat([phase_NF.cos(), phase_NF.sin_()], dim=1).mul_(FOURIER_SCALE).round_()
         features_NM = torch.where(valid_N[:, None], features_NM, 0.0)
-        if len(features_NM) * FEATURE_SCALE <= _EXACT:
+        if len(features_NM) * FOURIER_SCALE <= _EXACT:
             return features_NM.sum(dim=0).long()
         return features_NM.sum(dim=0, dtype=torch.float64).long()
 
@@ -203,8 +203,20 @@ class Probe:
         nan_N = torch.zeros_like(valid_N) if seen.nan_N is None else seen.nan_N
         outside_N = (seen.low_N < self._low) | (seen.high_N > self._high)
         counts = torch.stack([nan_N, ~valid_N, seen.low_N == seen.high_N, outside_N]).sum(dim=1)
-        ordered_N = seen.hash_N.sort().values
-        return torch.cat([counts, (ordered_N[1:] == ordered_N[:-1]).sum(dim=0, keepdim=True)])
+        return torch.cat([counts, self._duplicates(seen.hash_N)])
+
+    def _duplicates(self, hash_N: torch.Tensor) -> torch.Tensor:
+        """Inputs that equal another one of their WINDOW_INSTANCES, (1,): a count that rows together may not raise."""
+        if len(hash_N) > WINDOW_INSTANCES:
+            rest = -len(hash_N) % WINDOW_INSTANCES
+            hash_N = torch.nn.functional.pad(hash_N, (0, rest), value=torch.nan)  # which equals nothing
+        ordered_BN = hash_N.view(-1, min(len(hash_N), WINDOW_INSTANCES)).sort(dim=1).values
+        return (ordered_BN[:, 1:] == ordered_BN[:, :-1]).sum().view(1)
+
+
+def _largest(values_NX: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each row, NaN where the row holds one; `all` over booleans is several times slower."""
+    return values_NX.abs().amax(dim=1)
 
 
 def _extremes(flat_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -97,10 +97,14 @@ class Windows:
                 self._close(key)
 
     def take(self, now_s: float) -> tuple[Window, ...]:
-        """Every closed window, oldest first; what is older than `window_s` is closed now. They are not kept."""
+        """Every closed window, those of one (digest, segment) as one; they are not kept.
+
+        What is older than `window_s` is closed now. Merged, because a report's size should not grow with the load.
+        """
         with self._lock:
             for key in [k for k, w in self._open.items() if now_s - w.first_s >= self._window_s]:
                 self._close(key)
+            self._merge_closed()
             taken, self._closed = self._closed, deque()
         return tuple(
             Window(self._base, digest, segment, w.count, w.first_s, w.last_s, self._collect(w.sums))

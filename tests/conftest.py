@@ -14,6 +14,7 @@ hypothesis.settings.load_profile("any machine")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(tempfile.gettempdir()) / f"ray-token-{os.getpid()}")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # two busy cores start processes slowly
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HEAL_HOME"] = tempfile.mkdtemp(prefix="heal-home-")
 

@@ -1,8 +1,8 @@
 """What monitoring costs a replica: the probe's time beside the model's forward pass, and the bytes of a report.
 
-Rounds are interleaved, so that a busy machine slows both; a round is one forward of 32 instances and, timed apart,
-reductions of the same 32. The baseline is fitted on part of the reference, seen through the model here: what it was
-fitted on changes nothing about the cost.
+Rounds are interleaved, so that a busy machine slows both; a round is forward passes of 32 instances and, timed apart,
+reductions of as many rows together as a replica gathers. The baseline is fitted on part of the reference, seen through
+the model here: what it was fitted on changes nothing about the cost.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.drift.intervals import ratio_interval
 from orchestrator.messages import Report
 from orchestrator.settings import MAX_SEGMENTS, WINDOW_INSTANCES
+from serve_app.observer import REDUCED_ROWS
 
 TARGET_RATIO = 0.005
 REPORT_LIMIT, PLAIN_LIMIT, SEGMENT_LIMIT = 16 * 1024, 4 * 1024, 1024  # bytes
@@ -72,12 +73,13 @@ class Served:
 
         with torch.inference_mode():
             for number in range(num + WARM_ROUNDS):
-                batch = self.batches[number % BATCHES]
+                gathered = [self.batches[(number + i) % BATCHES] for i in range(REDUCED_ROWS // WINDOW_INSTANCES)]
                 start_s = self.clock_s()
-                logits, embedding = self.forward(batch)
+                parts = [self.forward(batch) for batch in gathered]
                 middle_s = self.clock_s()
+                logits, embedding = (torch.cat(column) for column in zip(*parts, strict=True))
                 for _ in range(OBSERVES):
-                    self.probe.observe(batch, embedding, logits)
+                    self.probe.observe(torch.cat(gathered), embedding, logits)
                 end_s = self.clock_s()
                 if number >= WARM_ROUNDS:
                     yield middle_s - start_s, (end_s - middle_s) / OBSERVES
@@ -87,7 +89,7 @@ def measure_cost(served: Served, rounds: int) -> None:
     """Ratio of `Probe.observe` to the forward pass, median and interval over rounds."""
     forwards, observes = zip(*served.rounds(rounds), strict=True)
     ratio, low, high = ratio_interval(observes, forwards)
-    micros = [1e6 / WINDOW_INSTANCES * float(np.median(times)) for times in (observes, forwards)]
+    micros = [1e6 / REDUCED_ROWS * float(np.median(times)) for times in (observes, forwards)]
     print(f"probe on {served.device}: {micros[0]:.2f} us an instance, forward {micros[1]:.1f} us")
     print(f"  ratio {ratio:.3%}, 95% interval [{low:.3%}, {high:.3%}], {rounds} rounds (target <= {TARGET_RATIO:.1%})")
 

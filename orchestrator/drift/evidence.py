@@ -14,12 +14,12 @@ from orchestrator.drift.baseline import Array, Baseline
 from orchestrator.drift.null import p_value, scale_index
 from orchestrator.drift.statistics import CHECKS
 from orchestrator.messages import Window
-from orchestrator.settings import FEATURE_SCALE
+from orchestrator.settings import FEATURE_SCALE, FOURIER_SCALE
 
 PARTS = ("outputs", "inputs", "classes", "checks")
 CHECK_FLOORS = {"nan": 0.01, "invalid": 0.01, "constant": 0.01, "out_of_range": 0.02, "duplicates": 0.10}
 CLASS_TOLERANCE = 0.05  # chi-square distance of class shares that is never drift: a day and its night, +-20%
-MIN_DISPERSION, MAX_DISPERSION = 4.0, 60.0  # of class counts, in those of independent traffic: from seen twice over
+MIN_DISPERSION, MAX_DISPERSION = 4.0, 80.0  # of class counts, in those of independent traffic
 
 
 class Evidence:
@@ -53,7 +53,7 @@ def evidence_of(baseline: Baseline, window: Window) -> Evidence:
         raise ValueError(f"a window's vector must have {layout.size} entries; got {len(window.sums)}")
     at, sums = layout.slices, window.sums
     classes_K = sums[at["classes"]].astype(np.float64)
-    features_V = np.append(sums[at["features"]], sums[at["entropy_sum"]]) / FEATURE_SCALE
+    features_V = np.append(sums[at["features"]] / FOURIER_SCALE, sums[at["entropy_sum"]] / FEATURE_SCALE)
     parts = [baseline.outputs.residual(features_V, classes_K)]
     if baseline.inputs is not None:
         inputs_V = np.append(sums[at["channel_means"]], sums[at["channel_squares"]]) / FEATURE_SCALE

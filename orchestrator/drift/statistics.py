@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.messages import Window
-from orchestrator.settings import FEATURE_SCALE, FOURIER_FEATURES
+from orchestrator.settings import FEATURE_SCALE, FOURIER_FEATURES, FOURIER_SCALE
 
 if TYPE_CHECKING:
     from orchestrator.drift.baseline import Baseline
@@ -174,8 +174,8 @@ def _histogram(values_N: Array, edges_E: Array) -> Array:
     return np.bincount(np.searchsorted(edges_E, values_N, side="right"), minlength=NUM_BINS)
 
 
-def _quantise(values_NX: Array) -> Array:
-    return np.asarray(np.rint(values_NX * FEATURE_SCALE).astype(np.int64).sum(axis=0))
+def _quantise(values_NX: Array, scale: int = FEATURE_SCALE) -> Array:
+    return np.asarray(np.rint(values_NX * scale).astype(np.int64).sum(axis=0))
 
 
 def summarise(
@@ -183,9 +183,9 @@ def summarise(
 ) -> NDArray[np.int64]:
     """Reduce N instances to the vector of a window.
 
-    Every real quantity is rounded to 1 / FEATURE_SCALE per instance, then summed, so that any grouping into batches
-    gives the same sums; only duplicates depend on it: they are counted within one call. An instance whose embedding or
-    logits are not finite counts as `invalid` and adds nothing to features, classes and histograms.
+    Every real quantity is rounded to 1 / FEATURE_SCALE (features: FOURIER_SCALE) per instance, then summed, so that any
+    grouping into batches gives the same sums; only duplicates depend on it: they are counted within one call. A row
+    whose embedding or logits are not finite counts as `invalid` and adds nothing to features, classes and histograms.
 
     Args:
         baseline: of the digest that answered.
@@ -204,7 +204,7 @@ def summarise(
     valid_N = np.isfinite(embedding_ND).all(axis=1) & np.isfinite(logits_NK).all(axis=1)
     probs_NK = probabilities(logits_NK[valid_N], baseline.temperature)
     confidence_N = probs_NK.max(axis=1)
-    sums[at["features"]] = _quantise(fourier_features(baseline, embedding_ND[valid_N]))
+    sums[at["features"]] = _quantise(fourier_features(baseline, embedding_ND[valid_N]), FOURIER_SCALE)
     sums[at["classes"]] = np.bincount(logits_NK[valid_N].argmax(axis=1), minlength=layout.num_classes)
     sums[at["confidence"]] = _histogram(confidence_N, baseline.confidence_edges_E)
     entropy_N = entropies(probs_NK)
@@ -260,7 +260,7 @@ def read(layout: Layout, window: Window) -> Summary:
     return Summary(
         count=window.count,
         num_valid=valid,
-        feature_mean_M=sums[at["features"]] * (per_valid / FEATURE_SCALE),
+        feature_mean_M=sums[at["features"]] * (per_valid / FOURIER_SCALE),
         class_shares_K=sums[at["classes"]] * per_valid,
         confidence_shares_B=sums[at["confidence"]] * per_valid,
         entropy_shares_B=sums[at["entropy"]] * per_valid,

@@ -1,6 +1,7 @@
-"""A classifier as a user might have it, and the same one made healable: the lines that differ are marked."""
+"""A classifier as a user might have it, and the same one made healable: the lines that differ are marked.
 
-from __future__ import annotations
+Without `from __future__ import annotations`: in a pickled ingress FastAPI cannot resolve annotations that are strings.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -12,7 +12,7 @@ from mixture import World, window
 from orchestrator.drift.sample import rows_of
 from orchestrator.drift.statistics import CHECKS, Layout, merge, read, summarise
 from orchestrator.messages import Window
-from orchestrator.settings import FEATURE_SCALE
+from orchestrator.settings import FOURIER_SCALE
 
 WORLD = World()
 BASELINE = WORLD.baseline(400)
@@ -118,7 +118,7 @@ def test_quantisation_costs_at_most_half_a_unit_per_instance():
     sample = WORLD.sample(50)
     exact_M = fourier_features(BASELINE, sample.embedding_ND).sum(axis=0)
     sums_M = window(BASELINE, sample).sums[LAYOUT.slices["features"]]
-    assert np.abs(sums_M - exact_M * FEATURE_SCALE).max() <= 0.5 * 50
+    assert np.abs(sums_M - exact_M * FOURIER_SCALE).max() <= 0.5 * 50
 
 
 def test_a_vector_of_another_length_is_refused_with_both_lengths():

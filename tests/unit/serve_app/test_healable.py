@@ -133,6 +133,7 @@ def test_windows_are_reported_once_a_baseline_is_there(started: Any) -> None:
     for seed in range(3):
         model.infer(images(32, seed), segment="cam")
     model.infer(images(32), monitor=False)
+    memory.wait(lambda r: sum(w.count for q in memory.reports for w in q.windows) >= 96)
     memory.wait(lambda r: r.instances == 5 * 32)
     model.close()
     windows = [w for r in memory.reports for w in r.windows]

@@ -8,8 +8,10 @@ import torch
 
 from orchestrator.drift.baseline import Baseline, Sample, fit_baseline
 from orchestrator.drift.statistics import InputChecks, summarise
+from serve_app.byte_images import CENTRE, ByteImages
 from serve_app.probe import Probe
 from tuning.base_model import input_moments
+from tuning.sketch import image_sketch
 
 N_REF, D, K = 300, 24, 5
 
@@ -105,3 +107,39 @@ def test_sums_of_parts_are_the_sum_of_the_whole() -> None:
     whole = probe.observe(*data)
     parts = sum(probe.observe(*(t[i : i + 16] for t in data)) for i in range(0, 64, 16))
     assert int((whole - parts).abs().max()) <= 1  # matrix products of other shapes may round the last bit otherwise
+
+
+@pytest.mark.parametrize("layout", ["HWC", "CHW"])
+@pytest.mark.parametrize("size", [(8, 8, 3), (33, 29, 3), (32, 32, 1), (12, 40, 4), (5, 7, 2)])
+def test_images_of_bytes_are_seen_as_the_general_path_sees_them(layout: str, size: tuple[int, int, int]) -> None:
+    height, width, channels = size
+    rng = np.random.default_rng(5)
+    inputs = rng.normal(90, 40, (9, height, width, channels)).clip(0, 255).astype(np.uint8)
+    inputs[1] = 255  # constant
+    inputs[2] = inputs[2, :, :, :1]  # grey
+    inputs[3, : height // 4, : width // 4] = 7  # a dead corner
+    inputs[5] = inputs[4]
+    if layout == "CHW":
+        inputs = np.moveaxis(inputs, 3, 1).copy()
+    batch = torch.from_numpy(inputs)
+    seen = ByteImages(batch.shape, layout, torch.device("cpu")).read(batch)
+    moments = input_moments(inputs.astype(np.float64), layout)
+    centred = (inputs - CENTRE) if layout == "HWC" else np.moveaxis(inputs - CENTRE, 1, 3)
+    np.testing.assert_allclose(seen.means_NC.numpy(), centred.mean((1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(seen.squares_NC.numpy(), np.square(centred).mean((1, 2)), rtol=1e-12)
+    low, high = torch.from_numpy(moments.min_N), torch.from_numpy(moments.max_N)
+    want = image_sketch(batch, layout, low, high).numpy()
+    np.testing.assert_allclose(seen.sketch_NS.numpy(), want, rtol=1e-4, atol=1e-3)
+    assert seen.hash_N[4] == seen.hash_N[5]
+    assert len(seen.hash_N.unique()) == 8
+
+
+def test_equal_images_are_duplicates_within_their_window_only() -> None:
+    base = baseline("HWC", "uint8")
+    probe = Probe(base, "HWC", torch.device("cpu"))
+    rng = np.random.default_rng(6)
+    inputs = images(rng, 70, "HWC", "uint8")
+    inputs[1], inputs[40], inputs[69] = inputs[0], inputs[0], inputs[68]
+    embedding, logits = outputs(rng, 70)
+    got = probe.observe(torch.from_numpy(inputs), torch.from_numpy(embedding), torch.from_numpy(logits))
+    assert int(got[probe.layout.slices["checks"]][-1]) == 2  # the 40th lies in another window than the first
