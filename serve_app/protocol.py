@@ -20,8 +20,8 @@ from serve_app.tensors import DTYPES, describe, from_bytes, from_json, require_f
 
 INPUT_NAME = "input"
 OUTPUTS = ("logits", "probabilities", "label")
-MAX_ID = 128  # characters of a request id
-MAX_SEGMENT = 64  # characters of a segment name
+MAX_ID = 128  # UTF-8 bytes of a request id: a feedback token holds 255 with what is added
+MAX_SEGMENT = 64  # UTF-8 bytes of a segment name
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -225,8 +225,9 @@ def _flag(holder: dict[str, Any], name: str, default: bool) -> bool:
 
 def _text(holder: dict[str, Any], name: str, limit: int) -> str:
     value = holder.get(name, "")
-    if not isinstance(value, str) or len(value) > limit or not (value == "" or value.isprintable()):
-        raise RequestError(f"{name} must be a printable string of at most {limit} characters; got {_short(value)}")
+    # A lone surrogate has no UTF-8; it is not printable, so that is asked first.
+    if not isinstance(value, str) or not (value == "" or value.isprintable()) or len(value.encode()) > limit:
+        raise RequestError(f"{name} must be a printable string of at most {limit} bytes of UTF-8; got {_short(value)}")
     return value
 
 

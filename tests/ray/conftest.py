@@ -89,7 +89,8 @@ def cluster() -> Iterator[int]:
             "env_vars": {
                 "HEAL_HOME": os.environ["HEAL_HOME"],
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(Path(__file__).parent),  # workers import `user_app`
+                # Workers import `user_app`, and the product from this checkout whatever is installed.
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])]),
             }
         },
     )

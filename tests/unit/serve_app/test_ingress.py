@@ -128,6 +128,18 @@ def test_reply_without_an_id_gets_one_and_equal_ids_name_different_instances(cli
     assert first.startswith("same~")
 
 
+@pytest.mark.parametrize(("name", "status"), [("\U0001f600" * 32, 200), ("\U0001f600" * 128, 400), ("\ud800", 400)])
+def test_an_id_of_any_script_fits_its_feedback_token_or_is_refused(client: TestClient, name: str, status: int) -> None:
+    reply = client.post("/v2/models/small/infer", content=json.dumps(request(images(1), id=name)))
+    assert reply.status_code == status, reply.text
+    if status == 200:
+        item = {"token": reply.json()["parameters"]["feedback_token"], "index": 0, "label": 1}
+        counts = client.post("/v2/models/small/feedback", json={"labels": [item]}, headers=auth("labeller")).json()
+        assert counts["accepted"] == 1
+    else:
+        assert "id must be" in reply.json()["error"]
+
+
 def test_binary_request_gets_a_binary_reply_also_compressed(client: TestClient) -> None:
     raw = images(2).tobytes()
     tensor = {
