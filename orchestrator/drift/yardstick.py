@@ -179,8 +179,8 @@ def _bootstrap(
     found = []
     for _ in range(0, windows, CHUNK):
         rows_WN = draw_rows(truth_N, num, CHUNK, bursty, rng)
-        draws_WN = np.zeros((CHUNK, len(residual_NW)), dtype=np.float32)
-        np.add.at(draws_WN, (np.arange(CHUNK)[:, None], rows_WN), 1.0)
-        sums_WW = (draws_WN @ residual_NW).astype(np.float64)
+        flat_N = (rows_WN + np.arange(CHUNK)[:, None] * len(residual_NW)).ravel()
+        draws_WN = np.bincount(flat_N, minlength=CHUNK * len(residual_NW)).reshape(CHUNK, -1)
+        sums_WW = (draws_WN.astype(np.float32) @ residual_NW).astype(np.float64)
         found.append((sums_WW**2).sum(axis=1) / spread_N[rows_WN].sum(axis=1))
     return np.concatenate(found)
