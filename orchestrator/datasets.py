@@ -79,6 +79,14 @@ def read_dataset(path: str | Path, spec: ModelSpec | None = None, with_labels: b
     return Dataset(inputs, _labels(name, table["label"], spec) if with_labels else None)
 
 
+def has_labels(path: str | Path) -> bool:
+    """Whether a Parquet file has a label column; False also for what is no Parquet file."""
+    try:
+        return "label" in pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return False
+
+
 def write_dataset(path: str | Path, inputs: np.ndarray, labels: np.ndarray | None = None) -> None:
     """Write a Parquet file: whole or not at all.
 

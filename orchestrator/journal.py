@@ -298,7 +298,8 @@ def _unwrap(data: bytes, name: str) -> tuple[str, bytes, dict[str, Any]]:
         envelope = json.loads(data)
         text, signature = envelope["payload"], bytes.fromhex(envelope["signature"])
         payload = json.loads(text)
-        if _encode(envelope).encode() == data and isinstance(payload, dict):
+        as_written = _encode({"payload": text, "signature": signature.hex()}).encode()  # hex has two cases, we one
+        if as_written == data and isinstance(payload, dict):
             return text, signature, payload
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{name} must be a signed envelope; it is damaged: {type(error).__name__}") from error

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
@@ -127,7 +127,14 @@ def _demo_model() -> Path:
     return prepare().folder / "model.yaml"
 
 
-def start_local(args: AppArgs, port: int = 0, **ray_init: Any) -> str:  # type: ignore[valid-type]
+class Local(NamedTuple):
+    """Where a local start answers: `url` without a trailing slash; `dashboard` is Ray's, "" without one."""
+
+    url: str
+    dashboard: str
+
+
+def start_local(args: AppArgs, port: int = 0, **ray_init: Any) -> Local:  # type: ignore[valid-type]
     """Start Ray, Serve's HTTP proxy on loopback and the application; whatever comes of it, call `stop_local` after it.
 
     Args:
@@ -136,7 +143,7 @@ def start_local(args: AppArgs, port: int = 0, **ray_init: Any) -> str:  # type: 
         ray_init: passed to `ray.init` when Ray is not running yet.
 
     Returns:
-        The application's base URL, without a trailing slash.
+        The application's base URL, and the dashboard's.
 
     Raises:
         ServiceError: Ray or Serve did not start, or the replicas did not; the message says why.
@@ -144,19 +151,19 @@ def start_local(args: AppArgs, port: int = 0, **ray_init: Any) -> str:  # type: 
     """
     import ray
 
-    port = port or free_port()
+    port, dashboard = port or free_port(), ""
     with ThreadPoolExecutor(1) as aside:
         ready = aside.submit(_measured, args)  # while Ray's processes start
         try:
             if not ray.is_initialized():
-                ray.init(**ray_init)
+                dashboard = ray.init(**ray_init).dashboard_url or ""
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(_bound(args, ready.result()), name=APPLICATION, route_prefix="/")
         except HealError:
             raise
         except Exception as error:  # Ray raises plain ones
             raise ServiceError(f"the service must start, and did not: {type(error).__name__}: {error}") from error
-    return f"http://127.0.0.1:{port}"
+    return Local(f"http://127.0.0.1:{port}", f"http://{dashboard}" if dashboard else "")
 
 
 def _measured(args: ServiceArgs) -> ServiceConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -28,6 +29,36 @@ APP_FACTORY = "orchestrator.launch:app"
 def _setting(default: Any, doc: str) -> Any:
     """A dataclass field that carries its own documentation (unit, meaning)."""
     return field(default=default, metadata={"doc": doc})
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A setting's value in its own type, which `kind` spells out; SpecError where it is of another."""
+    words = str(kind)
+    if value is None and "None" in words:
+        return None
+    if words == "Mode":
+        if value not in list(Mode):
+            raise SpecError(f"{name} must be one of {', '.join(Mode)}; got {value!r}")
+        return Mode(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if words == "str" and (isinstance(value, str) or (number and value == int(value))):
+        return str(value)  # `labels=100` is a number to YAML
+    if words == "int" and number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if words.startswith("float") and number and math.isfinite(value):
+        return float(value)
+    expected = {"str": "a text", "int": "a whole number"}.get(words, "a finite number")
+    raise SpecError(f"{name} must be {expected}; got {value!r}")
+
+
+_POSITIVE = ("arl_instances", "diagnosis_instances", "buffer_instances", "min_buffer_instances", "num_trials")
+_SECONDS = ("buffer_wait_s", "search_budget_s", "gate_timeout_s", "canary_max_s", "roll_timeout_s", "bake_s")
+_RANGES: dict[str, tuple[float, float]] = {  # of numbers, both ends included
+    **dict.fromkeys((*_POSITIVE, "trial_epochs"), (1, math.inf)),
+    **dict.fromkeys((*_SECONDS, "cooldown_s", "approval_timeout_s", "replica_lost_s", "snapshot_s"), (0, math.inf)),
+    **dict.fromkeys(("max_clean_loss", "max_unweighted_clean_loss", "harm_threshold"), (0, 1)),
+    **dict.fromkeys(("canary_instances", "seed"), (0, math.inf)),
+}
 
 
 @dataclass(frozen=True)
@@ -67,20 +98,26 @@ class HealSettings:
     seed: int = _setting(0, "seed of every random choice")
 
     def __post_init__(self) -> None:
-        """Check ranges; the message names setting, rule and value."""
-        for name in ("arl_instances", "diagnosis_instances", "min_buffer_instances", "num_trials", "trial_epochs"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} must be >= 1; got {getattr(self, name)}")
-        for name in ("max_clean_loss", "harm_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SpecError(f"{name} must be in [0, 1]; got {getattr(self, name)}")
-        if self.without_labels not in ("hold", "provisional"):
-            raise SpecError(f"without_labels must be hold or provisional; got {self.without_labels!r}")
-        if self.trial_device not in ("auto", "cpu", "cuda"):
-            raise SpecError(f"trial_device must be auto, cpu or cuda; got {self.trial_device!r}")
-        if self.labels not in ("none", "all") and not self.labels.isdigit():
+        """Check types and ranges; the message names setting, rule and value."""
+        for item in fields(self):
+            object.__setattr__(self, item.name, _typed(item.name, item.type, getattr(self, item.name)))
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                rule = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
+                raise SpecError(f"{name} must be {rule}; got {value}")
+        if self.heartbeat_s <= 0:
+            raise SpecError(f"heartbeat_s must be > 0; got {self.heartbeat_s}")
+        for name, allowed in (("without_labels", ("hold", "provisional")), ("trial_device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise SpecError(f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.labels not in ("none", "all") and not self.labels.isdecimal():
             raise SpecError(f"labels must be none, all or a number; got {self.labels!r}")
-        object.__setattr__(self, "mode", Mode(self.mode))
+        if self.min_buffer_instances > self.buffer_instances:
+            raise SpecError(
+                f"min_buffer_instances must be <= buffer_instances ({self.buffer_instances}); "
+                f"got {self.min_buffer_instances}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HealSettings:

@@ -83,9 +83,10 @@ class Observer:
             return {"requests": self.requests, "instances": self.instances, "errors": self.errors}
 
     def take(self, now_s: float) -> tuple[Window, ...]:
-        """Windows for a report, those of rows that waited for WINDOW_S included."""
-        for key in [k for k, kept in tuple(self._kept.items()) if now_s - kept.first_s >= WINDOW_S]:
-            self._reduce(key)
+        """Windows for a report, those of rows included that fill a window or waited for WINDOW_S."""
+        for key, kept in tuple(self._kept.items()):
+            if kept.count >= WINDOW_INSTANCES or now_s - kept.first_s >= WINDOW_S:
+                self._reduce(key)
         return self.windows.take(now_s)
 
     def _summarise(self, digest: str, asks: Sequence[Ask], done: Pass, now_s: float) -> None:

@@ -98,6 +98,9 @@ def read_npz(path: Path, spec: ModelSpec | None) -> tuple[np.ndarray, np.ndarray
         raise DataError(f"{path} must be an .npz of plain arrays: {error}") from error
     if inputs is None:
         raise DataError(f"{path} must hold an array named input; it holds {names or 'none'}")
+    if inputs.ndim < 2 or inputs.dtype.kind not in "biuf":
+        got = f"{inputs.dtype} {list(inputs.shape)}"
+        raise DataError(f"{path}: input must be numbers of shape [N, ...], one instance a row; got {got}")
     if labels is None:
         return inputs, np.full(len(inputs), NO_LABEL, dtype=np.int64)
     flat = labels.reshape(-1)

@@ -26,7 +26,7 @@ from orchestrator.cli.recompute import Recomputer, choose, two_faced
 from orchestrator.cli.report import build_report
 from orchestrator.cli.view import View
 from orchestrator.datasets import Dataset
-from orchestrator.errors import ServiceError
+from orchestrator.errors import HealError, ServiceError
 from orchestrator.keys import heal_home, load_keys
 from orchestrator.messages import BASE, Phase, Verdict
 from orchestrator.storage import open_storage
@@ -39,7 +39,7 @@ CLEAN_REQUESTS = 300
 CLEAN_INSTANCES = 800  # that the drift test has seen before the world changes
 AFTER_REQUESTS = 100  # after the verdict
 EVAL_ROWS = 32  # instances in a request that measures
-READY_S = 120.0  # for the base's baseline to be measured
+READY_S = 240.0  # for the orchestrator to have judged the clean traffic
 KEEP_RUNS_S = 86400.0
 WARM_MS = 900_000  # Ray ends idle workers after 1 s by default
 
@@ -62,13 +62,13 @@ class DemoOptions:
     replicas: int = 2
     requests: int = MIN_REQUESTS
     timeout_s: float = 900.0  # for the verdict, after the first drifted request
-    storage: str | None = None
+    storage: str = field(default_factory=lambda: str(run_folder()))
     dashboard: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
-def local_service(inputs: DemoInputs, options: DemoOptions) -> Iterator[tuple[str, str]]:
+def local_service(inputs: DemoInputs, options: DemoOptions, view: View) -> Iterator[tuple[str, str]]:
     """A Ray cluster of our own with the service on it: yields URL and service name; all of it ends with the block."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # it listens on loopback only
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -79,14 +79,14 @@ def local_service(inputs: DemoInputs, options: DemoOptions) -> Iterator[tuple[st
     service = f"demo-{inputs.spec.name}"
     args = launch.AppArgs(
         model=str(inputs.model),
-        storage=options.storage or str(_run_folder()),
+        storage=options.storage,
         service=service,
         replicas=options.replicas,
         **{"mode": "auto", "labels": options.labels} | (DIGITS_SETTINGS if inputs.embedded else {}) | options.settings,
     )
     scratch = tempfile.mkdtemp(prefix="heal-", dir="/tmp")  # short: Ray puts socket paths of <= 107 bytes below it
     try:
-        url = launch.start_local(
+        local = launch.start_local(
             args,
             options.port,
             address="local",
@@ -98,13 +98,15 @@ def local_service(inputs: DemoInputs, options: DemoOptions) -> Iterator[tuple[st
             _system_config={"idle_worker_killing_time_threshold_ms": WARM_MS},
         )
         launch.warm_workers(args)
-        yield url, service
+        if local.dashboard:
+            view.say(f"Ray's dashboard is at {local.dashboard}")
+        yield local.url, service
     finally:
         launch.stop_local()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run_folder() -> Path:
+def run_folder() -> Path:
     """A fresh folder for this run's records; runs of more than a day ago are removed."""
     runs = heal_home() / "demo" / "runs"
     runs.mkdir(parents=True, exist_ok=True)
@@ -149,6 +151,7 @@ class Demo:
     def __init__(self, client: Client, inputs: DemoInputs, options: DemoOptions, view: View) -> None:
         self._client, self._inputs, self._options, self._view = client, inputs, options, view
         self._spec = inputs.spec
+        self._met = False  # whether the orchestrator has answered yet
         self._away = ""  # why the orchestrator last did not answer
         self._data = {"clean": inputs.clean, "drifted": inputs.drifted}
         labeller = None
@@ -182,6 +185,11 @@ class Demo:
             self.load.stop()
         return self._report(measured, ended)
 
+    def failed(self, reason: str) -> dict[str, Any]:
+        """The report of a run that broke off; replies were not recomputed, so none is known to be mixed."""
+        counts = {"sent": self.load.num_sent, "failed": self.load.failed}
+        return failed_report(reason, self._options, requests=counts, onset_s=self._drifted.first_s)
+
     # ------------------------------------------------------------ waiting
 
     def _watch(self, done: Callable[[dict[str, Any]], bool], timeout_s: float, needed: str = "") -> bool:
@@ -204,12 +212,14 @@ class Demo:
     def _state(self) -> dict[str, Any] | None:
         """The state; None while the orchestrator is away, which traffic does not notice."""
         try:
-            return self._client.state()
+            state = self._client.state()
         except ServiceError as error:
-            if str(error) != self._away:
+            if str(error) != self._away and self._met:  # before, it is still starting
                 self._view.say(str(error))
             self._away = str(error)
             return None
+        self._met = True
+        return state
 
     def _clean_enough(self, state: dict[str, Any]) -> bool:
         seen = sum(s["instances"] for name, s in state["drift"]["scopes"].items() if name.endswith("global"))
@@ -266,16 +276,26 @@ class Demo:
 
 
 def run_demo(inputs: DemoInputs, options: DemoOptions, view: View) -> dict[str, Any]:
-    """Start, run, stop.
-
-    Raises:
-        HealError: something could not be started or measured; all that was started is stopped.
-    """
+    """Start, run, stop; the report. What could not be started or measured is a verdict too: `error`."""
     view.say("starting Ray and Serve")
-    with local_service(inputs, options) as (url, service):
-        view.say(f"serving {inputs.spec.name} at {url}")
-        client = Client(url, load_keys(service).tokens["operator"])
-        try:
-            return Demo(client, inputs, options, view).run()
-        finally:
-            client.close()
+    try:
+        with local_service(inputs, options, view) as (url, service):
+            view.say(f"serving {inputs.spec.name} at {url}")
+            client = Client(url, load_keys(service).tokens["operator"])
+            demo = Demo(client, inputs, options, view)
+            try:
+                return demo.run()
+            except HealError as error:
+                return demo.failed(str(error))
+            finally:
+                client.close()
+    except HealError as error:
+        return failed_report(str(error), options)
+
+
+def failed_report(reason: str, options: DemoOptions, **known: Any) -> dict[str, Any]:
+    """A report of a run that could not be measured: every key is there, and what is not known is null."""
+    values = {"accuracy": {}, "alarm_after": None, "onset_s": None, "requests": {}} | known
+    return build_report(
+        None, seeds={"service": options.settings.get("seed", 0)}, fallback=(Verdict.ERROR, reason), **values
+    )

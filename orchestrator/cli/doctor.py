@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.cli.console import FINE, NOT_FINE, Json, StorageUri, finish, out, show_json
-from orchestrator.errors import HealError, StorageError
+from orchestrator.errors import HealError, SpecError, StorageError
+from orchestrator.registry import fetch_model, load_published_spec, publish_model
 from orchestrator.spec import load_spec
+from orchestrator.storage import open_storage
 
 SMALL_REFERENCE = 1000  # rows below which the drift test has to be less sensitive
 LOW_ACCURACY = 0.5
@@ -57,9 +60,11 @@ def _try(found: list[dict[str, str]], check: str, attempt: Callable[[], Any], sa
 def _check_model(found: list[dict[str, str]], spec: Any) -> None:
     from orchestrator.cli.inputs import accuracy
     from orchestrator.datasets import read_dataset, split_reference
-    from tuning.base_model import build_module, collect_sample, feature_tap, resolve_device
+    from tuning.base_model import collect_sample, feature_tap, resolve_device
 
-    module = _try(found, "weights", lambda: build_module(spec.folder, spec), _size)
+    with tempfile.TemporaryDirectory(prefix="heal-doctor-") as scratch:  # published, as a replica would load it
+        storage = open_storage(scratch)
+        module = _try(found, "weights", lambda: _built(fetch_model(storage, publish_model(storage, spec))), _size)
     data = _try(found, "reference", lambda: read_dataset(spec.locate(spec.reference), spec), _reference)
     if module is None or data is None:
         return
@@ -78,6 +83,17 @@ def _check_model(found: list[dict[str, str]], spec: Any) -> None:
     sample = collect_sample(module, tap, data.inputs, device, layout=spec.layout)
     right = accuracy(sample.logits_NK.argmax(axis=1), data.labels)
     _try(found, "accuracy", lambda: right, _accuracy)
+
+
+def _built(folder: Path) -> Any:
+    from tuning.base_model import build_module
+
+    try:
+        return build_module(folder, load_published_spec(folder))
+    except HealError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise SpecError(f"the factory must return a module; it raised {type(error).__name__}: {error}") from error
 
 
 def _size(module: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.datasets import Dataset, read_dataset, split_reference
+from orchestrator.datasets import Dataset, has_labels, read_dataset, split_reference
 from orchestrator.errors import SpecError
 from orchestrator.spec import ModelSpec, load_spec
 
@@ -41,11 +41,13 @@ def demo_inputs(model: Path | None, clean: Path | None, drifted: Path | None, ev
     if drifted is None:
         raise SpecError("--model needs --drifted, a Parquet file of drifted traffic; see `heal convert`")
     spec = load_spec(model)
-    moved = read_dataset(drifted, spec)
+    moved = read_dataset(drifted, spec, with_labels=evaluation is None or has_labels(drifted))
     cut = len(moved) if evaluation else int(len(moved) * (1 - HELD_OUT))
     measured = read_dataset(evaluation, spec) if evaluation else moved.take(np.arange(cut, len(moved)))
     parts = reference_parts(spec)
-    still = read_dataset(clean, spec) if clean else _joined(parts["gate"], parts["report"])
+    still = (
+        read_dataset(clean, spec, with_labels=has_labels(clean)) if clean else _joined(parts["gate"], parts["report"])
+    )
     return DemoInputs(
         model=model,
         spec=spec,

@@ -17,6 +17,8 @@ from orchestrator.errors import HealError
 cli = typer.Typer(
     name="heal",
     help="Notices that a deployed PyTorch model drifts, and heals it.",
+    epilog="Exit codes: 0 all is well; 1 a verdict, a check or a refusal that is not, or nothing found; 2 wrong usage, "
+    "bad input or nobody answers: one line on stderr says which.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

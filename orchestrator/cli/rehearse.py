@@ -214,6 +214,14 @@ class Rehearsal:
         return measured
 
 
+def failed_rehearsal(reason: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of a rehearsal that broke off: verdict `error`, every key there."""
+    seeds = {"service": settings.get("seed", 0)}
+    return build_report(
+        None, accuracy={}, alarm_after=None, onset_s=None, seeds=seeds, fallback=(Verdict.ERROR, reason)
+    )
+
+
 _NO_DRIFT = (Verdict.NO_DRIFT, "no alarm was raised")
 
 

@@ -131,6 +131,22 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
+def check_report_path(path: Path) -> None:
+    """Whether a report can be written there: asked before the minutes of work that it tells about.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not path.stat().st_size:
+            path.unlink()
+    except OSError as error:
+        raise StorageError(f"the report must be writable at {path}: {error}; choose another --report") from error
+
+
 def write_report(report: Mapping[str, Any], path: Path) -> None:
     """Write the report as JSON.
 
@@ -164,6 +180,36 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     if "requests" in report:
         table.add_row("requests", ", ".join(f"{name} {value}" for name, value in report["requests"].items()))
     return table
+
+
+_NEXT = {
+    Verdict.NO_DRIFT: ("the traffic looks like the reference: nothing to heal",),
+    Verdict.NO_ACTION: ("the drift costs less than harm_threshold: nothing to heal; lower it with --set",),
+    Verdict.REFUSED: (
+        "no adapter was released: the reason says which limit it broke, or why none was tried",
+        "give labels (--labels 100, or all) to let it prove itself on them, or retrain the model on this traffic",
+    ),
+    Verdict.ABORTED: (
+        "the candidate was taken back during its rollout: the service answers as before",
+        "run it again with more traffic, or see which guard stopped it",
+    ),
+    Verdict.AWAITING_APPROVAL: ("release it with `heal approve --reason WHY`, or end it: `heal abort --reason WHY`",),
+    Verdict.ERROR: ("nothing was decided, as it could not be measured: mend what the reason names and run it again",),
+}
+
+
+def next_steps(report: Mapping[str, Any], storage: str | None) -> list[str]:
+    """What to do now, in lines; nothing where it healed.
+
+    Args:
+        report: as `build_report` makes it.
+        storage: where its records are kept; None: nowhere.
+    """
+    advice = [f"next: {line}" for line in _NEXT.get(Verdict(report["verdict"]), ())]
+    if advice and report["drift"]["alarm_after"] is not None:
+        where = f"heal explain e0001 --storage {storage}" if storage else "run it again with --storage FOLDER"
+        advice.append(f"next: every figure behind it: {where}")
+    return advice
 
 
 def _share(value: float | None) -> str:

@@ -21,15 +21,16 @@ from orchestrator.cli.load import Sent
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # points of a sparkline
+BESIDE = 24  # columns that the panel needs beside a sparkline
 RECENT = 50  # requests that an accuracy is taken over
 LINE_S = 5.0  # at least one plain line in this time
 REFRESH_HZ = 2.0  # of the panel: more would take processor time from the trials
 
 
-def sparkline(values: Sequence[float], top: float = 1.0) -> str:
-    """The last WIDTH values as bars; `top` and above is a full one."""
+def sparkline(values: Sequence[float], top: float = 1.0, width: int = WIDTH) -> str:
+    """The last `width` values as bars; `top` and above is a full one."""
     steps = len(BARS) - 1
-    return "".join(BARS[min(steps, max(0, round(v / top * steps)))] for v in list(values)[-WIDTH:])
+    return "".join(BARS[min(steps, max(0, round(v / top * steps)))] for v in list(values)[-width:])
 
 
 def drift_level(state: dict[str, Any]) -> float:
@@ -104,11 +105,14 @@ class View:
 
     def _panel(self, state: dict[str, Any], sent: Sequence[Sent], stream: str) -> RenderableType:
         top = Table.grid(padding=(0, 2))
+        width = max(8, min(WIDTH, self._console.width - BESIDE))  # narrower: the newest bars, not the oldest
         level, accuracy = self._levels[-1], self._accuracies[-1] if self._accuracies else None
         top.add_row("phase", Text(str(state.get("phase", "?")), style="bold cyan"))
-        top.add_row("drift", Text(sparkline(self._levels), style="red" if level >= 1 else "green"), f"{level:.2f}")
+        top.add_row(
+            "drift", Text(sparkline(self._levels, width=width), style="red" if level >= 1 else "green"), f"{level:.2f}"
+        )
         shown = "-" if accuracy is None else f"{accuracy:.3f}"
-        top.add_row("accuracy", Text(sparkline(self._accuracies), style="yellow"), shown)
+        top.add_row("accuracy", Text(sparkline(self._accuracies, width=width), style="yellow"), shown)
         top.add_row("traffic", f"{stream}: {len(sent)} requests, {sum(1 for s in sent if s.error)} failed")
         parts: list[RenderableType] = [top, _replicas(state)]
         if trials := ((state.get("episode") or {}).get("search") or {}).get("trials"):

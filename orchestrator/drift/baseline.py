@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class Baseline:
     input_high: float
     check_rates: Array  # of normal, in the order of statistics.CHECKS
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Layout of windows under this baseline."""
         return Layout(self.num_classes, self.num_channels, len(self.sketch_mean_S))

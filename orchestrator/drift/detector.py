@@ -2,8 +2,8 @@
 
 Windows are merged to steps of at least 32 instances, steps to windows of 32, 64, ... 8,192 that overlap by three
 quarters. Each of them is tested in each part of the `evidence` at a level a = share * stride / threshold, where stride
-is how many instances pass between two such tests. So the expected number of false alarms among N instances is at most
-the sum of all levels spent on them: N / threshold.
+is how many instances pass between two such tests at the least (a busy scope's steps hold more than 32). So the expected
+number of false alarms among N instances is at most the sum of all levels spent on them: N / threshold.
 
 That is an e-detector whose e-values are all or nothing, 1{p <= a} / a: whatever the dependence between the tests, the
 mean number of instances between false alarms is at least the threshold. Sources: Shin, Ramdas & Rinaldo 2024,
@@ -28,8 +28,11 @@ from orchestrator.drift.statistics import CHECKS
 SHARES = {"outputs": 0.6, "inputs": 0.2, "classes": 0.1, "checks": 0.1}  # of the allowed rate of false alarms
 OVERLAP = 4  # a window of OVERLAP blocks moves on by one block
 LEVELS = len(SCALES) - 2  # blocks of 1, 2, 4, ... steps
+MIN_STEP_S = 1 / 16  # a busy scope's steps are larger rather than more frequent: a thousand replicas cost it no more
 MIN_CLASS_SCALE = 4  # index of the smallest scale at which class shares are tested: traffic comes in bursts
-DISPERSION_STEPS = 64.0  # time constant of the estimate of how class counts vary from step to step
+DISPERSION_STEPS = 256  # time constant of the estimate of how class counts vary from step to step
+SHARE_STEPS = 32  # of the class shares that they vary about
+DISPERSION_FACTOR = 4.0  # what a step of 32 shows of it: runs of one class outlast a step
 
 
 class Detector:
@@ -47,6 +50,7 @@ class Detector:
         self.threshold = threshold
         self.instances = 0
         self.onset_s = 0.0
+        self._stepped_s = -math.inf
         self._pending: tuple[Array, float] | None = None  # evidence that does not fill a step yet
         self._blocks: list[deque[tuple[Array, float]]] = [deque(maxlen=OVERLAP) for _ in range(LEVELS)]
         self._steps = 0
@@ -58,12 +62,13 @@ class Detector:
         self._critical = {part: [self._critical_value(part, scale) for scale in scales] for part in SHARES}
         self._tails = {part: [self._tail(part, scale) for scale in scales] for part in SHARES}
 
-    def absorb(self, found: Evidence, first_s: float) -> bool:
+    def absorb(self, found: Evidence, first_s: float, last_s: float) -> bool:
         """Take a window's evidence in; whether the statistic stands at or above the threshold now.
 
         Args:
             found: under this detector's baseline.
             first_s: time of the window's first instance, seconds.
+            last_s: of its last.
         """
         self.instances += int(found.count)
         if self._pending is None:
@@ -71,8 +76,8 @@ class Detector:
         else:
             self._pending = self._pending[0] + found.vector, min(self._pending[1], first_s)
         vector, since_s = self._pending
-        if vector[-1] >= SCALES[0]:
-            self._pending = None
+        if vector[-1] >= SCALES[0] and abs(last_s - self._stepped_s) >= MIN_STEP_S:
+            self._pending, self._stepped_s = None, last_s
             self._step(vector, since_s)
         return self.statistic >= self.threshold
 
@@ -137,8 +142,8 @@ class Detector:
             return
         expected_K = num * (self._shares_K + 1e-3)
         seen = float(((classes_K - num * self._shares_K) ** 2 / expected_K).sum()) / (self.baseline.num_classes - 1)
-        self._dispersion += (seen - self._dispersion) / DISPERSION_STEPS
-        self._shares_K = self._shares_K + (classes_K / num - self._shares_K) * (2.0 / DISPERSION_STEPS)
+        self._dispersion += (seen - self._dispersion) / min(self._steps, DISPERSION_STEPS)
+        self._shares_K = self._shares_K + (classes_K / num - self._shares_K) / SHARE_STEPS
 
     def _test(self, scale: int, blocks: list[tuple[Array, float]]) -> None:
         if len(blocks) < min(1 << scale, OVERLAP):
@@ -160,7 +165,9 @@ class Detector:
             ("checks", ev.checks_statistic(self._tolerated_C, found.checks_C, found.count)),
         ]
         if scale >= MIN_CLASS_SCALE:
-            parts.append(("classes", ev.classes_statistic(baseline, found.classes_K, 2.0 * self._dispersion)))
+            parts.append(
+                ("classes", ev.classes_statistic(baseline, found.classes_K, DISPERSION_FACTOR * self._dispersion))
+            )
         return parts
 
     def _onset(self, scale: int, part: str, blocks: list[tuple[Array, float]]) -> float:

@@ -27,7 +27,7 @@ from orchestrator.messages import Alarm, Window
 
 GLOBAL = "global"
 BUDGET_SHARES = {"global": 0.5, "replica": 0.25, "segment": 0.25}  # of the allowed rate of false alarms
-MAX_DETECTORS = 512  # scopes kept at once; the longest unheard of goes first
+MAX_DETECTORS = 2048  # scopes kept at once, up to 150 KB each; the longest unheard of goes first
 SNAPSHOT_SCOPES = 64  # that a snapshot keeps: about 70 KB each
 RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
@@ -93,7 +93,9 @@ class Monitor:
             return
         scopes = [GLOBAL, f"replica:{replica_tag}"] + ([f"segment:{window.segment}"] if window.segment else [])
         found = evidence_of(baseline, window)
-        crossed = [scope for scope in scopes if self._detector(window.digest, scope).absorb(found, window.first_s)]
+        detectors = {scope: self._detector(window.digest, scope) for scope in scopes}
+        times = window.first_s, window.last_s
+        crossed = [scope for scope, detector in detectors.items() if detector.absorb(found, *times)]
         if crossed and self._alarm is None:
             self._alarm = self._raise_alarm(crossed[0], window)
 

@@ -249,6 +249,16 @@ def test_any_flipped_bit_anywhere_is_found(draw: st.DataObject) -> None:
     assert verify_journal(storage, KEYS.public_key).problems
 
 
+def test_a_signature_in_capital_letters_is_not_as_it_was_written(storage: Storage) -> None:
+    _filled(storage, 1)
+    key = storage.list("journal/")[0]
+    envelope = json.loads(storage.get(key))
+    assert any(c.isalpha() for c in envelope["signature"])
+    envelope["signature"] = envelope["signature"].upper()
+    storage.put(key, json.dumps(envelope, sort_keys=True, separators=(",", ":")).encode())
+    assert verify_journal(storage, KEYS.public_key).problems
+
+
 def test_foreign_files_in_the_folder_are_ignored(storage: Storage) -> None:
     _filled(storage, 1)
     storage.put("journal/snapshot.json", b"{}")

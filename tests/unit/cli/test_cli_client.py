@@ -84,8 +84,17 @@ def test_a_refusal_is_told_with_status_and_message() -> None:
 
 
 def test_an_absent_service_is_one_clear_error() -> None:
+    load_keys("absent-service")
     with pytest.raises(ServiceError, match="is it running"):
         connect("http://127.0.0.1:9", "absent-service")
+
+
+def test_a_mistyped_service_name_makes_no_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEAL_HOME", str(tmp_path))
+    monkeypatch.delenv("HEAL_TOKEN", raising=False)
+    with pytest.raises(ServiceError, match="--service"):
+        connect("http://127.0.0.1:9", "mistyped")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_other_hosts_are_never_shown_several_services_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

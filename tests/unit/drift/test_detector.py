@@ -17,7 +17,7 @@ THRESHOLD = 2e6  # of the global scope at the default setting
 
 
 def absorb(detector, w):
-    return detector.absorb(ev.evidence_of(detector.baseline, w), w.first_s)
+    return detector.absorb(ev.evidence_of(detector.baseline, w), w.first_s, w.last_s)
 
 
 def feed(detector, sample, start_s=0.0, num=32):
@@ -110,6 +110,17 @@ def test_brighter_inputs_alarm_even_where_the_embedding_is_normal():
     sample = world.sample(256)
     bright = dataclasses.replace(sample, channel_means_NC=sample.channel_means_NC + 30.0)
     assert feed(detector, bright) <= 128
+
+
+def test_a_busy_scope_takes_larger_steps_rather_than_more():
+    world = World(8)
+    detector = Detector(world.baseline(), THRESHOLD)
+    sample = world.sample(3200)
+    for i in range(100):  # a hundred windows within a tenth of a second
+        w = window(detector.baseline, rows_of(sample, slice(32 * i, 32 * i + 32)), 0.0)
+        absorb(detector, dataclasses.replace(w, first_s=i / 1000, last_s=i / 1000))
+    assert detector.instances == 3200
+    assert detector._steps == 2
 
 
 def test_a_window_without_valid_instances_is_no_evidence_of_a_shift():
