@@ -1,6 +1,6 @@
 """The Serve deployment: one model replica that is its own HTTP ingress.
 
-Bound by `orchestrator.launch`. Requests are parsed on the event loop, batched by Serve, and run in one thread, so that
+Bound by `orchestrator.launch`. Requests are parsed and batched on the event loop, and run in one thread, so that
 health checks, other requests and the heartbeat go on during a forward pass.
 """
 
@@ -20,6 +20,7 @@ from orchestrator.errors import HealError, RequestError, ServiceError
 from orchestrator.registry import fetch_model, load_published_spec
 from orchestrator.settings import ServiceConfig
 from orchestrator.storage import open_storage
+from serve_app.batcher import Batcher
 from serve_app.forward import Answer, Ask
 from serve_app.healable import Healable
 from serve_app.ingress import build
@@ -31,10 +32,6 @@ from tuning.base_model import build_module
 
 CONTROL_TIMEOUT_S = 5.0  # for one call of the orchestrator by a /healing route
 DEFAULT_BATCH_ROWS = 32
-
-
-def _rows(asks: list[Ask]) -> int:
-    return sum(len(ask.inputs) for ask in asks)
 
 
 def _this_replica() -> ModelPort:
@@ -78,7 +75,7 @@ class ModelReplica:
             spec.name, tuple(spec.input_shape), spec.input_dtype, spec.num_classes, max_rows, max_body_bytes
         )
         self._max_batch_size = max_batch_size
-        self._batched.set_max_batch_size(max_batch_size)
+        self._batcher = Batcher(self._run, max_batch_size)
         # The thread count is a property of the calling thread in OpenMP.
         self._thread = ThreadPoolExecutor(1, "forward", torch.set_num_threads, (num_threads,))
         self._healable = Healable(
@@ -106,18 +103,14 @@ class ModelReplica:
         return self._healable.feedback(items)
 
     async def infer(self, ask: Ask) -> Answer:
-        """Answer one request, batched with others; a large one runs alone, as Serve would let it starve."""
+        """Answer one request, batched with others; a large one runs alone."""
         if 2 * len(ask.inputs) > self._max_batch_size:
             found = (await self._run([ask]))[0]
         else:
-            found = await self._batched(ask)
+            found = await self._batcher.submit(ask)
         if isinstance(found, Exception):
             raise found
         return found
-
-    @serve.batch(max_batch_size=DEFAULT_BATCH_ROWS, batch_wait_timeout_s=0.0, batch_size_fn=_rows)
-    async def _batched(self, asks: list[Ask]) -> list[Answer | Exception]:
-        return await self._run(asks)
 
     async def _run(self, asks: list[Ask]) -> list[Answer | Exception]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, asks)
