@@ -16,7 +16,7 @@ demo: .venv
 	$(BIN)/heal demo --report out/demo.json
 
 test: .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --durations=10
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray --durations=10
 
 check: .venv

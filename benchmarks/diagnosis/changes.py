@@ -125,3 +125,37 @@ BROKEN: dict[str, Change] = {
     "half": half,
     "scrambled": scrambled,
 }
+
+
+def torn(images: Images, _: np.random.Generator) -> Images:
+    """Every row is shifted by its number: a wrong stride."""
+    return np.stack([np.roll(images[:, row], 3 * row, axis=1) for row in range(images.shape[1])], axis=1)
+
+
+def overflowed(images: Images, _: np.random.Generator) -> Images:
+    """A gain of two without saturation."""
+    return (images.astype(np.uint16) * 2 % 256).astype(np.uint8)
+
+
+def interleaved(images: Images, _: np.random.Generator) -> Images:
+    """Planes read as if the channels were last."""
+    return images.transpose(0, 3, 1, 2).reshape(images.shape)
+
+
+def quantised(images: Images, _: np.random.Generator) -> Images:
+    """One bit a channel."""
+    return ((images > 127) * 255).astype(np.uint8)
+
+
+def shifted_half(images: Images, _: np.random.Generator) -> Images:
+    """The left and right halves have changed places."""
+    return np.roll(images, images.shape[2] // 2, axis=2)
+
+
+UNSEEN: dict[str, Change] = {
+    "torn": torn,
+    "overflowed": overflowed,
+    "interleaved": interleaved,
+    "quantised": quantised,
+    "shifted_half": shifted_half,
+}

@@ -90,7 +90,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], int, str]] = {
     "shared memory": ({"json": _shared_memory()}, 400, "shared memory"),
     "an output that is not there": ({"json": as_json() | {"outputs": [{"name": "y"}]}}, 400, "'y'"),
     "a segment that is no text": ({"json": as_json() | {"parameters": {"segment": 3}}}, 400, "segment"),
-    "a segment without end": ({"json": as_json() | {"parameters": {"segment": "s" * 65}}}, 400, "64 characters"),
+    "a segment without end": ({"json": as_json() | {"parameters": {"segment": "s" * 65}}}, 400, "64 bytes"),
     "an id with control characters": ({"json": as_json() | {"id": "a\nb"}}, 400, "id"),
     "a body too large": ({"content": b" " * ((64 << 20) + 1)}, 413, "bytes"),
     "a bomb": (
