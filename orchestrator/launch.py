@@ -71,6 +71,10 @@ def app(args: AppArgs) -> Application:  # type: ignore[valid-type]
     return _bound(args, _published(args))
 
 
+# Serve hands over a dict unless the annotation is the class itself; this module's annotations are strings.
+app.__annotations__["args"] = AppArgs
+
+
 def _published(args: ServiceArgs) -> ServiceConfig:
     """The service's configuration, its model on the storage."""
     model = Path(args.model) if args.model else _demo_model()

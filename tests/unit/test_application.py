@@ -77,3 +77,16 @@ def test_default_application_is_bound_and_the_builder_is_a_function(
     assert type(serve_app.default_app).__name__ == "Application"
     with pytest.raises(AttributeError, match="nothing"):
         _ = serve_app.nothing
+
+
+def test_serve_run_validates_its_arguments_into_the_applications_own(spec: Path) -> None:
+    """`serve run serve_app:app key=value` calls a builder in this way."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve.deployment import Application
+
+    with pytest.raises(ValidationError, match="replcas"):
+        call_user_app_builder_with_args_if_necessary(serve_app.app, {"replcas": "3"})
+    given = {"model": str(spec), "storage": str(spec.parent.parent / "records"), "replicas": "3", "mode": "auto"}
+    built = call_user_app_builder_with_args_if_necessary(serve_app.app, given)
+    assert isinstance(built, Application)
+    assert built._bound_deployment.num_replicas == 3
