@@ -16,7 +16,6 @@ from orchestrator.drift.statistics import CHECKS
 from orchestrator.messages import Window
 from orchestrator.settings import FEATURE_SCALE, FOURIER_SCALE
 
-PARTS = ("outputs", "inputs", "classes", "checks")
 CHECK_FLOORS = {"nan": 0.01, "invalid": 0.01, "constant": 0.01, "out_of_range": 0.02, "duplicates": 0.10}
 CLASS_TOLERANCE = 0.05  # chi-square distance of class shares that is never drift: a day and its night, +-20%
 MIN_DISPERSION, MAX_DISPERSION = 4.0, 80.0  # of class counts, in those of independent traffic
