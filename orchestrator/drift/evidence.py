@@ -24,13 +24,13 @@ MIN_DISPERSION, MAX_DISPERSION = 4.0, 80.0  # of class counts, in those of indep
 class Evidence:
     """Sums over instances in one vector; those of two windows add up.
 
-    Attributes:
+    Attributes, of one vector (V,) or a row for each of several (R, V):
         vector: all of it.
         outputs_W: residual of embedding and entropy, see `yardstick`.
         inputs_W: residual of the channels; (0,) where inputs are not tested.
         classes_K: valid instances by predicted class.
         checks_C: anomalous inputs in the order of CHECKS.
-        count: instances.
+        count: instances, float64 () or (R,).
     """
 
     __slots__ = ("checks_C", "classes_K", "count", "inputs_W", "outputs_W", "vector")
@@ -40,9 +40,15 @@ class Evidence:
         classes = width + (0 if baseline.inputs is None else baseline.inputs.means_KW.shape[1])
         checks = classes + baseline.num_classes
         self.vector = vector
-        self.outputs_W, self.inputs_W = vector[:width], vector[width:classes]
-        self.classes_K, self.checks_C = vector[classes:checks], vector[checks:-1]
-        self.count = float(vector[-1])
+        self.outputs_W, self.inputs_W = vector[..., :width], vector[..., width:classes]
+        self.classes_K, self.checks_C = vector[..., classes:checks], vector[..., checks:-1]
+        self.count = vector[..., -1]
+
+
+def evidence_size(baseline: Baseline) -> int:
+    """Length of a vector of evidence."""
+    inputs = 0 if baseline.inputs is None else baseline.inputs.means_KW.shape[1]
+    return int(baseline.outputs.means_KW.shape[1]) + inputs + baseline.num_classes + len(CHECKS) + 1
 
 
 def evidence_of(baseline: Baseline, window: Window) -> Evidence:
@@ -61,18 +67,19 @@ def evidence_of(baseline: Baseline, window: Window) -> Evidence:
     return Evidence(vector, baseline)
 
 
-def _as_if_valid(baseline: Baseline, classes_K: Array, count: float) -> Array:
-    """Instances by predicted class, those without valid outputs spread over the classes: float64 (K,)."""
-    valid = float(classes_K.sum())
-    if valid == count:
+def _as_if_valid(baseline: Baseline, classes_K: Array, count: Array | float) -> Array:
+    """Instances by predicted class, those without valid outputs spread over the classes: (K,) or (R, K)."""
+    valid, count = classes_K.sum(axis=-1), np.asarray(count)
+    if np.array_equal(valid, count):
         return classes_K
-    return classes_K * (count / valid) if valid else baseline.class_shares_K * count
+    spread_K = classes_K * (count / np.maximum(valid, 1.0))[..., None]
+    return np.where(valid[..., None] > 0, spread_K, baseline.class_shares_K * count[..., None])
 
 
-def inputs_statistic(baseline: Baseline, found: Evidence) -> float:
-    """Statistic of the input channels; 0 where they are not tested."""
+def inputs_statistic(baseline: Baseline, found: Evidence) -> Array:
+    """Statistic of the input channels, () or (R,); 0 where they are not tested."""
     if baseline.inputs is None:
-        return 0.0
+        return np.zeros(found.count.shape)
     return baseline.inputs.statistic(found.inputs_W, _as_if_valid(baseline, found.classes_K, found.count))
 
 
@@ -88,26 +95,31 @@ def inputs_p(baseline: Baseline, found: Evidence) -> float:
     return baseline.inputs.p_value(found.inputs_W, _as_if_valid(baseline, found.classes_K, found.count))
 
 
-def classes_statistic(baseline: Baseline, classes_K: Array, dispersion: float) -> float:
+def classes_statistic(baseline: Baseline, classes_K: Array, dispersion: float) -> Array:
     """Chi-square of predicted class shares over its degrees of freedom, less the tolerance; 0 for no instance.
 
     Args:
         baseline: of the digest.
-        classes_K: valid instances by predicted class.
+        classes_K: valid instances by predicted class, (K,) or (R, K).
         dispersion: variance of class counts in that of independent traffic.
+
+    Returns:
+        float64 () or (R,).
     """
-    num = float(classes_K.sum())
-    if num <= 0 or baseline.num_classes < 2:
-        return 0.0
-    effective = 1.0 / (min(max(dispersion, MIN_DISPERSION), MAX_DISPERSION) / num + 1.0 / baseline.normal_count)
+    num = classes_K.sum(axis=-1)
+    if baseline.num_classes < 2:
+        return np.zeros(num.shape)
+    used = np.maximum(num, 1.0)
+    effective = 1.0 / (min(max(dispersion, MIN_DISPERSION), MAX_DISPERSION) / used + 1.0 / baseline.normal_count)
     expected_K = baseline.class_shares_K + 0.5 / baseline.normal_count
-    distance = float(((classes_K / num - baseline.class_shares_K) ** 2 / expected_K).sum())
-    return max(effective * (distance - CLASS_TOLERANCE), 0.0) / (baseline.num_classes - 1)
+    distance = ((classes_K / used[..., None] - baseline.class_shares_K) ** 2 / expected_K).sum(axis=-1)
+    found = np.maximum(effective * (distance - CLASS_TOLERANCE), 0.0) / (baseline.num_classes - 1)
+    return np.asarray(np.where(num > 0, found, 0.0))
 
 
 def classes_p(baseline: Baseline, classes_K: Array, dispersion: float) -> float:
     """P-value of predicted class shares; 1 for no instance."""
-    return p_value(classes_statistic(baseline, classes_K, dispersion), baseline.classes_table_T)
+    return p_value(float(classes_statistic(baseline, classes_K, dispersion)), baseline.classes_table_T)
 
 
 def tolerated_rates(baseline: Baseline) -> Array:
@@ -118,22 +130,31 @@ def tolerated_rates(baseline: Baseline) -> Array:
     return np.asarray(np.minimum(np.maximum(floors_C, 3.0 * upper_C), 0.9))
 
 
-def checks_statistic(tolerated_C: Array, checks_C: Array, count: float) -> float:
+def checks_statistic(tolerated_C: Array, checks_C: Array, count: Array) -> Array:
     """Largest log likelihood ratio of an input check firing more often than tolerated: exp(-it) bounds its p-value.
+
+    Args:
+        tolerated_C: see `tolerated_rates`.
+        checks_C: anomalous inputs, (C,) or (R, C).
+        count: instances, () or (R,).
+
+    Returns:
+        float64 () or (R,).
 
     Source: Chernoff 1952, Ann. Math. Stat. 23:493.
     """
-    if count <= 0 or not (checks_C > tolerated_C * count).any():
-        return 0.0
-    rate_C = np.clip(checks_C / count, tolerated_C, 1.0)
+    num = np.asarray(count, dtype=np.float64)
+    if not (checks_C > tolerated_C * num[..., None]).any():
+        return np.zeros(num.shape)
+    rate_C = np.clip(checks_C / np.maximum(num, 1.0)[..., None], tolerated_C, 1.0)
     clear_C = np.maximum(1.0 - rate_C, 1e-12)
     terms_C = rate_C * np.log(rate_C / tolerated_C) + clear_C * np.log(clear_C / (1.0 - tolerated_C))
-    return count * float(terms_C.max())
+    return np.asarray(num * terms_C.max(axis=-1))
 
 
 def checks_p(baseline: Baseline, found: Evidence) -> float:
     """Bound on the p-value of the input checks."""
-    statistic = checks_statistic(tolerated_rates(baseline), found.checks_C, found.count)
+    statistic = float(checks_statistic(tolerated_rates(baseline), found.checks_C, found.count))
     return min(1.0, len(CHECKS) * math.exp(-statistic))
 
 

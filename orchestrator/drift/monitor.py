@@ -33,7 +33,8 @@ RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
 MIN_PART_INSTANCES = 64  # the latest of a replica or segment that are judged; with fewer it is not judged at all
 MIN_FORMER_INSTANCES = 256  # before the onset, for a source's former share of the traffic
-BLAMED_P, CLEARED_P = 1.0e-4, 0.05  # p-values that make a part the culprit, or show it is well
+BLAMED_P = 1.0e-4  # p-value that makes a part the culprit
+CLEARED_P = 0.005  # the smaller of two p-values of the others above this: they are well (all but 1% of healthy ones)
 RETURN_RATIO = 0.5  # squared distance to the old world below this part of that to normal: it is back
 
 
@@ -48,6 +49,7 @@ class Monitor:
         if arl_instances < 1:
             raise ValueError(f"arl_instances must be >= 1; got {arl_instances}")
         self.arl_instances = arl_instances
+        self._lone_tag: str | None = None  # of the only replica heard so far; "" once there are more
         self.ignored = 0  # windows under a digest without a baseline, or of another layout
         self._watched: str | None = None
         self._alarm: Alarm | None = None
@@ -91,7 +93,9 @@ class Monitor:
         self._remember(replica_tag, window)
         if self._watched is not None and window.digest != self._watched:
             return
-        scopes = [GLOBAL, f"replica:{replica_tag}"] + ([f"segment:{window.segment}"] if window.segment else [])
+        scopes = [GLOBAL] + ([f"segment:{window.segment}"] if window.segment else [])
+        if not self._is_lone(replica_tag):
+            scopes.append(f"replica:{replica_tag}")
         found = evidence_of(baseline, window)
         detectors = {scope: self._detector(window.digest, scope) for scope in scopes}
         times = window.first_s, window.last_s
@@ -199,6 +203,8 @@ class Monitor:
     def restore(self, data: bytes) -> None:
         """Continue from a snapshot; each test resumes when its baseline and its first window are there.
 
+        A test of other scales (the service's `arl_instances` was changed) starts anew.
+
         Raises:
             IntegrityError: the bytes are no snapshot.
         """
@@ -221,6 +227,13 @@ class Monitor:
             del self._detectors[key]
         self._restored = {key: state for key, state in self._restored.items() if key[0] != digest}
         self._rings.pop(digest, None)
+
+    def _is_lone(self, replica_tag: str) -> bool:
+        """Whether no other replica has been heard yet: the fleet's test is its own, then."""
+        self._lone_tag = replica_tag if self._lone_tag is None else self._lone_tag
+        if replica_tag != self._lone_tag:
+            self._lone_tag = ""  # no replica's tag
+        return replica_tag == self._lone_tag
 
     def _remember(self, replica_tag: str, window: Window) -> None:
         ring = self._rings.setdefault(window.digest, deque(maxlen=RING_WINDOWS))

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SCALES = tuple(32 * 2**j for j in range(9))  # instances of a window that is tested: fast for severe, slow for mild
-BOOTSTRAP_SCALES = 4  # up to 256 instances the table is drawn from the sample; above, the Gaussian limit holds
+SCALES: tuple[int, ...] = tuple(8 << j for j in range(11))  # instances of a tested window: fast for severe, slow for mild
+BOOTSTRAP_SCALES = 6  # up to 256 instances the table is drawn from the sample; above, the Gaussian limit holds
 SURVIVAL_Q = np.array([0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01])  # survival probabilities of a table's quantiles
 TAIL_INFLATION = 1.1  # the mean excess beyond the last quantile is stretched by this: an estimate from some 40 windows
 MAX_POOL = 2048  # instances of the sample that windows are drawn from
-NUM_WINDOWS = (4096, 4096, 2048, 2048)  # drawn per scale, half of them class-bursty
+NUM_WINDOWS = (4096, 4096, 4096, 4096, 2048, 2048)  # drawn per scale, half of them class-bursty
 NUM_GAUSSIAN = 4096
 BURST = 20  # mean length of a run of one class in a bursty window: cameras do not shuffle what they see
 
@@ -65,3 +65,12 @@ def p_value(statistic: float, table_T: Array) -> float:
         return float(max(SURVIVAL_Q[-1] * np.exp(-(statistic - last) / excess), 1e-300))
     quantiles_Q = np.append(0.0, table_T[:-1])
     return float(np.exp(np.interp(statistic, quantiles_Q, np.append(0.0, np.log(SURVIVAL_Q)))))
+
+
+def critical_value(level: float, table_T: Array) -> float:
+    """The statistic whose p-value is `level`, in (0, 1]: the inverse of `p_value`."""
+    last, excess = float(table_T[-2]), float(table_T[-1])
+    if level <= SURVIVAL_Q[-1]:
+        return last + excess * float(np.log(SURVIVAL_Q[-1] / level))
+    rising_Q = np.append(np.log(SURVIVAL_Q)[::-1], 0.0)
+    return float(np.interp(np.log(level), rising_Q, np.append(table_T[:-1][::-1], 0.0)))

@@ -62,18 +62,16 @@ class Yardstick:
         """Residual of a window's sums (V,) and its predictions by class (K,): float64 (W,). Additive over windows."""
         return np.asarray(self.mixed(raw_V) - counts_K @ self.means_KW)
 
-    def statistic(self, residual_W: Array, counts_K: Array) -> float:
-        """T of a residual; 0 for no instance."""
-        own = float(counts_K @ self.spread_K)
-        if own <= 0:
-            return 0.0
-        variance = own + float((counts_K * counts_K) @ self._error_K)
-        effective = float(counts_K.sum()) * own / variance
-        return float(residual_W @ residual_W) / variance - effective * self.tolerance
+    def statistic(self, residual_W: Array, counts_K: Array) -> Array:
+        """T of a residual (W,) with its counts (K,), or of a row of each: float64 () or (R,); 0 for no instance."""
+        own = counts_K @ self.spread_K
+        variance = np.maximum(own + (counts_K * counts_K) @ self._error_K, 1e-300)
+        forgiven = counts_K.sum(axis=-1) * own * self.tolerance
+        return np.asarray((np.vecdot(residual_W, residual_W) - forgiven) / variance)
 
     def p_value(self, residual_W: Array, counts_K: Array) -> float:
         """P-value of a window's residual; 1 for no instance."""
-        statistic = self.statistic(residual_W, counts_K)
+        statistic = float(self.statistic(residual_W, counts_K))
         return p_value(max(statistic, 0.0), self.tables_ST[scale_index(float(counts_K.sum()))])
 
 

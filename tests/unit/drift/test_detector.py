@@ -8,8 +8,9 @@ import pytest
 from mixture import World, window
 
 from orchestrator.drift import evidence as ev
-from orchestrator.drift.detector import SHARES, Detector
-from orchestrator.drift.null import SCALES, SURVIVAL_Q, gaussian_table, p_value
+from orchestrator.drift.detector import Detector
+from orchestrator.drift.levels import PLAIN_FIRST, SHARES, Levels
+from orchestrator.drift.null import SCALES, SURVIVAL_Q, critical_value, gaussian_table, p_value
 from orchestrator.drift.sample import rows_of
 from orchestrator.drift.statistics import CHECKS
 
@@ -28,15 +29,28 @@ def feed(detector, sample, start_s=0.0, num=32):
     return None
 
 
-def test_levels_spent_on_the_tests_sum_up_to_one_false_alarm_per_threshold():
-    detector = Detector(World(0).baseline(300), 1000.0)
+@pytest.mark.parametrize("threshold", [200.0, 2000.0, THRESHOLD])
+def test_levels_spent_on_the_tests_sum_up_to_one_false_alarm_per_threshold(threshold):
+    levels = Levels(World(0).baseline(300), threshold)
     spent = {
-        (part, scale): detector._level(part, scale) / detector._stride(scale)
+        (part, scale): levels.level(part, scale) / levels.stride(scale)
         for part in SHARES
         for scale in range(len(SCALES))
-        if detector._critical[part][scale] < np.inf
+        if levels.is_tested(part, scale)
     }
-    assert sum(spent.values()) == pytest.approx(1.0 / 1000.0)
+    assert sum(spent.values()) == pytest.approx(1.0 / threshold)
+
+
+def test_small_windows_are_tested_where_alarms_may_be_frequent():
+    world = World(1)
+    assert Levels(world.baseline(300), THRESHOLD).first == PLAIN_FIRST
+    assert Levels(world.baseline(300), 4000.0).first == 0
+    delays = []
+    for _ in range(5):
+        detector = Detector(world.baseline(600), 4000.0)
+        feed(detector, world.sample(400), num=8)
+        delays.append(feed(detector, world.sample(64, shift=2.0), 1e3, num=8))
+    assert sorted(delays)[2] <= 16
 
 
 @pytest.mark.parametrize("num_reference", [100, 1500])
@@ -85,7 +99,7 @@ def test_class_shares_alone_alarm_although_each_class_is_as_it_was():
     detector = Detector(world.baseline(3000), THRESHOLD)
     feed(detector, world.sample(3200))
     assert feed(detector, world.sample(4000, priors=[0.6, 0.2, 0.1, 0.1]), 1e5) <= 2048
-    summed = ev.Evidence(sum(vector for vector, _ in detector._blocks[3]), detector.baseline)
+    summed = ev.Evidence(detector._blocks_LOV[3].sum(axis=0), detector.baseline)
     assert ev.outputs_p(detector.baseline, summed) > 1e-4
 
 
@@ -143,6 +157,8 @@ def test_the_statistic_says_how_rare_the_oddest_window_is():
         assert np.mean(p <= limit) == pytest.approx(limit, rel=0.25)
     assert p_value(0.0, table_T) == 1.0
     assert p_value(float(table_T[-2]), table_T) == pytest.approx(SURVIVAL_Q[-1])
+    for level in (1e-9, 1e-3, 0.02, 0.4):
+        assert p_value(critical_value(level, table_T), table_T) == pytest.approx(level)
 
 
 def test_a_snapshot_continues_where_it_was_taken():
@@ -154,8 +170,9 @@ def test_a_snapshot_continues_where_it_was_taken():
     more = world.sample(640, shift=0.1)
     feed(detector, more, 1e3)
     feed(twin, more, 1e3)
-    assert twin.statistic == pytest.approx(detector.statistic, rel=1e-2)  # blocks are kept in single precision
+    assert twin.statistic == detector.statistic
     assert twin.instances == detector.instances
+    assert not Detector(detector.baseline, 4000.0).restore(detector.snapshot())  # which has more scales
 
 
 def test_a_threshold_must_be_positive():
