@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SCALES: tuple[int, ...] = tuple(8 << j for j in range(11))  # instances of a tested window: fast for severe, slow for mild
+SCALES: tuple[int, ...] = tuple(8 << j for j in range(11))  # instances of a tested window: from severe to mild shifts
 BOOTSTRAP_SCALES = 6  # up to 256 instances the table is drawn from the sample; above, the Gaussian limit holds
 SURVIVAL_Q = np.array([0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01])  # survival probabilities of a table's quantiles
 TAIL_INFLATION = 1.1  # the mean excess beyond the last quantile is stretched by this: an estimate from some 40 windows
