@@ -25,6 +25,7 @@ from orchestrator.drift.breaks import (
 from orchestrator.drift.case import Case, Finding
 from orchestrator.drift.estimate import LossEstimate, estimate_accuracies, estimate_loss
 from orchestrator.drift.evidence import classes_p, evidence_of, inputs_p, outputs_p
+from orchestrator.drift.nature import find_unnatural
 from orchestrator.drift.priors import find_priors
 from orchestrator.drift.statistics import CHECKS, read
 from orchestrator.messages import Alarm, Diagnosis, Kind, Window
@@ -153,6 +154,7 @@ RULES: tuple[Callable[[Case], Finding | None], ...] = (
     _find_too_few,
     _find_nothing,
     find_priors,
+    find_unnatural,
 )
 
 
