@@ -9,7 +9,10 @@ UNDER = ("", " on fog", " on gaussian_noise")  # what a broken pipeline is looke
 BLENDS = (100, 50, 25)  # percent of a shared set's pixels
 FAINT = (3, 6, 12)
 BROKEN = tuple(f"{name}{under}" for name in faults.NAMED for under in UNDER)
-NATURAL = (*(f"{name}@{percent}" if percent < 100 else name for name in SHARED for percent in BLENDS), *drifts.DEVELOPED)
+NATURAL = (
+    *(f"{name}@{percent}" if percent < 100 else name for name in SHARED for percent in BLENDS),
+    *drifts.DEVELOPED,
+)
 GENTLE = (*(f"{name}@{percent}" for name in SHARED for percent in FAINT), *drifts.GENTLE)
 HELD_OUT_DRIFTS = tuple(drifts.HELD_OUT)
 UNSEEN = tuple(faults.DEVELOPED)

@@ -191,8 +191,18 @@ def new_meaning(stage: Stage) -> Iterator[Tick]:
         yield Tick(tick.tag, tick.sample, tick.segment, True, labels_N=renamed_K[tick.sample.labels_N])
 
 
-ON_A_REPLICA = ("gaussian_noise", "fog", "contrast", "glass_blur@50", "bgr", "black_30", "dropped", "fails", "not finite")
-ON_A_CAMERA = ("gaussian_noise", "fog", "defocus_blur", "impulses", "bgr", "inverted")
+ON_A_REPLICA = (
+    "gaussian_noise",
+    "fog",
+    "contrast",
+    "glass_blur@50",
+    "bgr",
+    "black_30",
+    "dropped",
+    "fails",
+    "not finite",
+)
+ON_A_CAMERA = ("gaussian_noise", "fog", "defocus_blur", "impulses", "contrast", "night")
 MIXES = ("one dominates", "three of ten", "two missing", "half doubled", "uneven")
 RENAMED = ("3 classes", "5 classes", "10 classes")
 HARMFUL, BENIGN = 0.02, 0.01  # true loss from which a change counts as harmful, below which as benign

@@ -42,12 +42,25 @@ class Picture:
 
 def find_unnatural(case: Case) -> Finding | None:
     """Images of which no change of the world makes what is seen."""
+    return find_misplaced(case) or find_misshapen(case)
+
+
+def find_misplaced(case: Case) -> Finding | None:
+    """Parts of the image are not where they were."""
     if not case.has_sketch:
         return None
     seen = picture_of(case)
     if seen.stray > MAX_STRAY_LAYOUT * seen.length and seen.stray > (STRAY_NOISE - 1.0) * seen.noise:
         share = seen.stray / seen.length
         return _unknown("layout", f"no gain explains {share:.2f} > {MAX_STRAY_LAYOUT} of the mean layout", share)
+    return None
+
+
+def find_misshapen(case: Case) -> Finding | None:
+    """Grey levels and colours are not those of a picture any more, wherever they lie."""
+    if not case.has_sketch:
+        return None
+    seen = picture_of(case)
     kept = (seen.layout + LAYOUT_SIGMAS * seen.layout_error) / max(seen.contrast, 1e-9)
     if kept < MIN_KEPT_LAYOUT:
         words = f"the layout keeps at most {kept:.2f} < {MIN_KEPT_LAYOUT} of what the contrast keeps"
@@ -69,9 +82,9 @@ def picture_of(case: Case) -> Picture:
     smooth = 2.0 * contrast**2 - 0.5 * (across**2 + down**2)
     smooth_before = 2.0 * before**2 - 0.5 * (before_across**2 + before_down**2)
     signal = math.sqrt(max(smooth, 0.0) / max(smooth_before, 1e-9)) if smooth_before > 0 else 0.0
-    now_S, _, sd_S = case.sketch
-    now_G, sd_G = now_S[BRIGHTNESS], sd_S[BRIGHTNESS]
-    gain, left, view_G = min((_fit(now_G, view_G) for view_G in _views(case)), key=lambda fit: fit[1])
+    now_G, normal_G, sd_G = (part_S[BRIGHTNESS] for part_S in case.sketch)
+    views = normal_G, case.mixed_grid_G  # other classes have another layout
+    gain, left, view_G = min((_fit(now_G, view_G) for view_G in views), key=lambda fit: fit[1])
     variance = float((sd_G**2).sum()) * max(signal, 0.1) ** 2 * case.inflation / case.summary.count
     length = max(float(view_G @ view_G), 1e-9)
     return Picture(
@@ -84,14 +97,6 @@ def picture_of(case: Case) -> Picture:
         noise=variance,
         length=max(float(now_G @ now_G), 1e-9),
     )
-
-
-def _views(case: Case) -> tuple[Array, Array]:
-    """The mean layout of normal traffic, and that of the classes seen now: other classes have another layout."""
-    baseline, skip = case.baseline, 2 * case.baseline.num_channels
-    expected_S = case.summary.class_shares_K @ baseline.class_inputs_KX[:, skip:]
-    mixed_S = baseline.sketch_mean_S + baseline.sketch_scale_S * expected_S
-    return case.sketch[1][BRIGHTNESS], mixed_S[BRIGHTNESS]
 
 
 def _fit(now_G: Array, view_G: Array) -> tuple[float, float, Array]:
