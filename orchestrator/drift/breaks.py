@@ -38,7 +38,8 @@ MIN_SPREAD = 0.02  # of a channel's normal spread: with less it is missing
 FLAT_RISE = 0.5  # share of images in which a cell turned flat
 GREY_RISE = 0.25  # share of images whose channels became equal
 SCRAMBLED = 0.9  # gradient of an image, in that of unrelated pixels, from which nothing of it is left
-TORN = 1.6  # how far the gradients of the two directions may come apart while one of them grows
+TORN = 1.6  # how far the gradients of the two directions may come apart (rain 1.5, motion blur 1.8) ...
+GROWN = 1.35  # ... while one of them grows against the contrast (rain 1.8, motion blur 0.9)
 
 
 def find_bad_values(case: Case) -> Finding | None:
@@ -221,8 +222,9 @@ def find_structure(case: Case) -> Finding | None:
         return _broken(f"neighbouring pixels are unrelated: {least:.2f} > {SCRAMBLED}", "scrambled", gradient=least)
     apart = (across / max(down, 1e-9)) / (before_across / max(before_down, 1e-9))
     grown = across / max(before_across, 1e-9) if apart > 1 else down / max(before_down, 1e-9)
-    if max(apart, 1 / max(apart, 1e-9)) > TORN and grown > TORN:
-        reason = f"gradients of the two directions came apart by {apart:.2f} while one grew {grown:.2f} times"
+    grown *= normal_contrast / max(contrast, 1e-9)  # also where a veil takes contrast and gradients away
+    if max(apart, 1 / max(apart, 1e-9)) > TORN and grown > GROWN:
+        reason = f"gradients of the two directions came apart by {apart:.2f}, one grew {grown:.2f} times to contrast"
         return Finding(Kind.UNKNOWN, f"images look torn: {reason}", {"check": "torn", "apart": apart, "grown": grown})
     return None
 

@@ -33,6 +33,7 @@ from orchestrator.messages import Alarm, Diagnosis, Kind, Window
 from orchestrator.settings import HealSettings
 
 MIN_FRESH = 128  # instances after the alarm
+MIN_UNKNOWN = 512  # instances from which what has no name is called unknown: more of them may show its name
 MIN_INSTANCES = 32  # valid ones, to tell one kind of drift from another
 NORMAL_P = 0.05  # all p-values above this: the alarm was false
 DISPERSION = 4.0  # of class counts, in those of independent traffic
@@ -81,6 +82,9 @@ def diagnose(
     if fresh is not None and fresh.count >= MIN_FRESH:
         late = replace(case, summary=read(baseline.layout, fresh), evidence=evidence_of(baseline, fresh))
     finding = next((found for rule in RULES if (found := rule(late if rule in BREAKS else case)) is not None), None)
+    finding = finding or find_unnatural(late)
+    if finding is not None and finding.kind is Kind.UNKNOWN and not final and late.summary.count < MIN_UNKNOWN:
+        return None
     finding = finding or _weigh_harm(case, loss, final)
     if finding is None or (finding.kind is Kind.NONE and not final):
         return None
@@ -157,16 +161,14 @@ BREAKS: tuple[Callable[[Case], Finding | None], ...] = (
     find_structure,
     find_swap,
     find_turned,
-    find_unnatural,
 )
 RULES: tuple[Callable[[Case], Finding | None], ...] = (
     _find_replica,
     _find_flood,
-    *BREAKS[:-1],
+    *BREAKS,
     _find_too_few,
     _find_nothing,
     find_priors,
-    find_unnatural,  # after all that has a name
 )
 
 

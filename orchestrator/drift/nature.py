@@ -18,7 +18,7 @@ from orchestrator.drift.case import BRIGHTNESS, Array, Case, Finding
 from orchestrator.messages import Kind
 
 # Limits lie between what 19 blends of 6 corruptions and 13 other drifts of CIFAR-10 reach and what 8 faults do.
-MAX_STRAY_LAYOUT = 0.12  # squared length of the mean layout that no gain explains, in its own (drifts <= 0.07)
+MAX_STRAY_LAYOUT = 0.08  # squared length of the mean layout that no gain explains, in its own (drifts <= 0.07)
 STRAY_NOISE = 3.0  # and in what sampling alone leaves
 MIN_KEPT_LAYOUT = 0.55  # gain of the layout in that of the contrast (drifts >= 0.58, sampling error on top) ...
 LAYOUT_SIGMAS = 2.0  # ... by as many standard errors of that gain
