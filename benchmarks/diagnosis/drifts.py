@@ -142,9 +142,9 @@ def snow(images: Images, rng: np.random.Generator) -> Images:
     """Blurred bright flakes over a paler image."""
     from scipy.ndimage import gaussian_filter
 
-    flakes = (rng.random(images.shape[:3]) < 0.05).astype(np.float32)
-    flakes = sum(np.roll(flakes, (k, k), axis=(1, 2)) for k in range(3))
-    flakes = gaussian_filter(np.minimum(flakes, 1.0), (0, 0.5, 0.5))
+    seeds = (rng.random(images.shape[:3]) < 0.05).astype(np.float32)
+    fallen = np.sum([np.roll(seeds, (k, k), axis=(1, 2)) for k in range(3)], axis=0)
+    flakes = gaussian_filter(np.minimum(fallen, 1.0), (0, 0.5, 0.5))
     grey = images.mean(axis=3, keepdims=True)
     pale = 0.7 * images + 0.3 * np.maximum(images, 1.5 * grey * 0.5 + 64.0)
     return clip(pale + 200.0 * flakes[..., None])

@@ -103,7 +103,7 @@ DEVELOPED: dict[str, Change] = {
     "shifted_half": lambda x, _: np.roll(x, x.shape[2] // 2, axis=2),
     "shuffled_blocks": shuffled_blocks,
     "checkerboard": checkerboard,
-    "high_bit_dropped": lambda x, _: x & 0x7F,
+    "high_bit_dropped": lambda x, _: np.bitwise_and(x, np.uint8(0x7F)),
 }
 
 
