@@ -17,6 +17,7 @@ OUTAGE_S = 10.0  # failed requests are counted over this long
 OUTAGE_MIN_FAILED = 20  # fewer failures in that time are no outage, whatever their share
 OUTAGE_SHARE = 0.2  # of requests that fail
 WELL_SHARE = 0.02  # failing share up to which the other replicas are well
+HEARING_S = 3.0  # the other replicas are given this long to report on their own requests
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,14 @@ class Fleet:
         worst = max(failed, key=failed.__getitem__, default="")
         if failed[worst] < OUTAGE_MIN_FAILED and num_failed < OUTAGE_MIN_FAILED:
             return None
-        others = num - total[worst]
-        alone = others > 0 and (num_failed - failed[worst]) <= WELL_SHARE * others
+        # What the others answered before it began says nothing: an outage, too, is first reported by one replica.
+        begun_s = min((r.at_s for r in recent if r.tag == worst and r.failed), default=now_s)
+        heard = [r for r in recent if r.tag != worst and r.at_s >= begun_s]
+        if not heard and len(total) > 1 and now_s - begun_s < HEARING_S:
+            return None
+        heard = heard or [r for r in recent if r.tag != worst]
+        others, num_failing = sum(r.answered + r.failed for r in heard), sum(r.failed for r in heard)
+        alone = others > 0 and num_failing <= WELL_SHARE * others
         share = failed[worst] / total[worst] if alone else num_failed / num
         if share < OUTAGE_SHARE:
             return None

@@ -16,6 +16,7 @@ import numpy as np
 
 from orchestrator.drift.case import BRIGHTNESS, FLAT, Array, Case, Finding
 from orchestrator.drift.evidence import tolerated_rates
+from orchestrator.drift.nature import find_misshapen
 from orchestrator.drift.statistics import CHECKS, MAX_PRODUCT_CHANNELS
 from orchestrator.messages import Kind
 
@@ -37,7 +38,8 @@ MIN_SPREAD = 0.02  # of a channel's normal spread: with less it is missing
 FLAT_RISE = 0.5  # share of images in which a cell turned flat
 GREY_RISE = 0.25  # share of images whose channels became equal
 SCRAMBLED = 0.9  # gradient of an image, in that of unrelated pixels, from which nothing of it is left
-TORN = 1.5  # how far the gradients of the two directions may come apart while one of them grows
+TORN = 1.6  # how far the gradients of the two directions may come apart (rain 1.5, motion blur 1.8) ...
+GROWN = 1.35  # ... while one of them grows against the contrast (rain 1.8, motion blur 0.9)
 
 
 def find_bad_values(case: Case) -> Finding | None:
@@ -105,10 +107,11 @@ def find_missing_channel(case: Case) -> Finding | None:
 def find_swap(case: Case) -> Finding | None:
     """Channels in another order: their colour contrasts fit normal ones in that order, and only in that order.
 
-    A tint moves a channel's mean and spread the same way, a swap need not: the spreads must not contradict.
+    A tint moves a channel's mean and spread the same way, a swap need not: the spreads must not contradict. Nor may it
+    be no image any more: broken colours fit some order by chance.
     """
     num_channels = case.baseline.num_channels
-    if not 2 <= num_channels <= MAX_PRODUCT_CHANNELS:
+    if not 2 <= num_channels <= MAX_PRODUCT_CHANNELS or find_misshapen(case) is not None:
         return None
     mean_C, spread_C, normal_C, normal_spread_C = case.channels
     weights_CC = _contrast_weights(case)
@@ -116,8 +119,10 @@ def find_swap(case: Case) -> Finding | None:
     tint_C = _contrast(np.log(np.maximum(spread_C, 1e-12)))
     normal_tint_C = _contrast(np.log(np.maximum(normal_spread_C, 1e-12)))
     same = tuple(range(num_channels))
-    orders = {order: before_C[list(order)] for order in itertools.permutations(same)}
-    best = _explain(case, now_C, orders, same, weights_CC, MAX_LEFT_SWAP)
+    orders: dict[Any, Array] = {order: before_C[list(order)] for order in itertools.permutations(same)}
+    mixed_C = case.baseline.channel_scale_C * case.mixed_X[:num_channels] + case.baseline.channel_mean_C
+    plain = {same: orders.pop(same), "classes": _contrast(mixed_C)}
+    best = _explain(case, now_C, orders, plain, weights_CC, MAX_LEFT_SWAP)
     if best is None:
         return None
     order, words = best
@@ -151,19 +156,18 @@ def _contrast_weights(case: Case) -> Array:
 
 
 def _explain(
-    case: Case, now_X: Array, views: dict[Any, Array], plain: Any, weights_XX: Array, max_left: float
+    case: Case, now_X: Array, views: dict[Any, Array], plain: dict[Any, Array], weights_XX: Array, max_left: float
 ) -> tuple[Any, str] | None:
-    """The view of normal that fits what is seen, where the plain one does not; with the inequality in words.
+    """The view that fits what is seen, where the plain ones (normal, its classes as they are shared out now) do not.
 
     Each view is scaled by the common gain that fits best. Where light and lenses took contrast away they took the
     sampling error with it, so misfits are counted in that of the scaled view.
     """
     fits = {name: _misfit(now_X, view_X, weights_XX) for name, view_X in views.items()}
     best = min(fits, key=lambda name: fits[name][0])
-    if best == plain:
-        return None
+    least = min(_misfit(now_X, view_X, weights_XX)[0] for view_X in plain.values())
     scale = case.summary.count / case.inflation / min(fits[best][1], 1.0) ** 2
-    before, left = scale * fits[plain][0], scale * fits[best][0]
+    before, left = scale * least, scale * fits[best][0]
     if before - left < MIN_EXPLAINED or left > max_left * before:
         return None
     return best, f"misfit {left:.1f} <= {max_left} x {before:.1f}"
@@ -188,7 +192,6 @@ def find_turned(case: Case) -> Finding | None:
     grid_GG = normal_G.reshape(side, side)
     weights_GG = np.diag(1.0 / np.maximum(sd_G, 1e-9) ** 2)
     views = {
-        "upright": grid_GG,
         "flipped top to bottom": grid_GG[::-1],
         "turned by 180 degrees": np.rot90(grid_GG, 2),
         "turned by 90 degrees": np.rot90(grid_GG),
@@ -197,7 +200,8 @@ def find_turned(case: Case) -> Finding | None:
         "inverted": -grid_GG,
     }
     flat = {name: np.asarray(view_GG).ravel() for name, view_GG in views.items()}
-    found = _explain(case, now_G, flat, "upright", weights_GG, MAX_LEFT)
+    plain = {"upright": normal_G, "classes": case.mixed_grid_G}
+    found = _explain(case, now_G, flat, plain, weights_GG, MAX_LEFT)
     return None if found is None else _broken(f"images are {found[0]}: {found[1]}", "turned", how=found[0])
 
 
@@ -218,8 +222,9 @@ def find_structure(case: Case) -> Finding | None:
         return _broken(f"neighbouring pixels are unrelated: {least:.2f} > {SCRAMBLED}", "scrambled", gradient=least)
     apart = (across / max(down, 1e-9)) / (before_across / max(before_down, 1e-9))
     grown = across / max(before_across, 1e-9) if apart > 1 else down / max(before_down, 1e-9)
-    if max(apart, 1 / max(apart, 1e-9)) > TORN and grown > TORN:
-        reason = f"gradients of the two directions came apart by {apart:.2f} while one grew {grown:.2f} times"
+    grown *= normal_contrast / max(contrast, 1e-9)  # also where a veil takes contrast and gradients away
+    if max(apart, 1 / max(apart, 1e-9)) > TORN and grown > GROWN:
+        reason = f"gradients of the two directions came apart by {apart:.2f}, one grew {grown:.2f} times to contrast"
         return Finding(Kind.UNKNOWN, f"images look torn: {reason}", {"check": "torn", "apart": apart, "grown": grown})
     return None
 

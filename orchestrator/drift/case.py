@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.drift.baseline import Baseline
+from orchestrator.drift.estimate import priors_from_shares
 from orchestrator.drift.evidence import Evidence, inputs_p, outputs_p
 from orchestrator.drift.statistics import SKETCH, Summary
 from orchestrator.messages import Alarm, Kind
@@ -58,6 +59,18 @@ class Case:
         """Variance of a mean over the window against that of independent traffic and an exact reference."""
         num = self.summary.count
         return 1.0 + num * (1.0 / self.baseline.normal_count + SHAPE_TOLERANCE)
+
+    @cached_property
+    def mixed_X(self) -> Array:
+        """What `inputs_X` would be if only the class shares had changed: other classes have other colours."""
+        now_K = priors_from_shares(self.baseline.confusion_KK, self.summary.class_shares_K)
+        return np.asarray(now_K @ self.baseline.class_inputs_KX)
+
+    @cached_property
+    def mixed_grid_G(self) -> Array:
+        """The mean layout that goes with `mixed_X`, input units."""
+        mixed_S = self.mixed_X[2 * self.baseline.num_channels :]
+        return np.asarray(self.baseline.sketch_mean_S + self.baseline.sketch_scale_S * mixed_S)[BRIGHTNESS]
 
     @cached_property
     def inputs_X(self) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,14 @@ from orchestrator.drift.breaks import (
 from orchestrator.drift.case import Case, Finding
 from orchestrator.drift.estimate import LossEstimate, estimate_accuracies, estimate_loss
 from orchestrator.drift.evidence import classes_p, evidence_of, inputs_p, outputs_p
+from orchestrator.drift.nature import find_unnatural
 from orchestrator.drift.priors import find_priors
 from orchestrator.drift.statistics import CHECKS, read
 from orchestrator.messages import Alarm, Diagnosis, Kind, Window
 from orchestrator.settings import HealSettings
 
+MIN_FRESH = 128  # instances after the alarm
+MIN_UNKNOWN = 512  # instances from which what has no name is called unknown: more of them may show its name
 MIN_INSTANCES = 32  # valid ones, to tell one kind of drift from another
 NORMAL_P = 0.05  # all p-values above this: the alarm was false
 DISPERSION = 4.0  # of class counts, in those of independent traffic
@@ -46,6 +50,7 @@ def diagnose(
     growth: float = float("nan"),
     labels_say_harm: bool = False,
     final: bool = True,
+    fresh: Window | None = None,
 ) -> Diagnosis | None:
     """Tell the kind of drift from the merged window since the onset.
 
@@ -58,6 +63,8 @@ def diagnose(
         growth: how many times its former share of the traffic the alarm's segment sends now; nan where unknown.
         labels_say_harm: true labels show more errors than the reference's.
         final: False while more instances can be waited for.
+        fresh: what came after the alarm, of the same scope. The onset is an estimate, and a few whole images hide a
+            break that is exact; so breaks are looked for in this as soon as it holds MIN_FRESH instances.
 
     Returns:
         Kind, a reason in one sentence with its inequality, and evidence as plain numbers and words. `none` when the
@@ -71,7 +78,13 @@ def diagnose(
     evidence = evidence_of(baseline, window)
     case = Case(baseline, summary, evidence, alarm, fleet_size, settings, growth, labels_say_harm)
     loss = estimate_loss(baseline, summary)
-    finding = next((found for rule in RULES if (found := rule(case)) is not None), None)
+    late = case
+    if fresh is not None and fresh.count >= MIN_FRESH:
+        late = replace(case, summary=read(baseline.layout, fresh), evidence=evidence_of(baseline, fresh))
+    finding = next((found for rule in RULES if (found := rule(late if rule in BREAKS else case)) is not None), None)
+    finding = finding or find_unnatural(late)
+    if finding is not None and finding.kind is Kind.UNKNOWN and not final and late.summary.count < MIN_UNKNOWN:
+        return None
     finding = finding or _weigh_harm(case, loss, final)
     if finding is None or (finding.kind is Kind.NONE and not final):
         return None
@@ -141,15 +154,18 @@ def _find_nothing(case: Case) -> Finding | None:
     return Finding(Kind.UNKNOWN, f"{case.alarm.scope} raised the alarm alone; {reason}", {})
 
 
-RULES: tuple[Callable[[Case], Finding | None], ...] = (
-    _find_replica,
-    _find_flood,
+BREAKS: tuple[Callable[[Case], Finding | None], ...] = (
     find_bad_values,
     find_missing_channel,
     find_gain,
     find_structure,
     find_swap,
     find_turned,
+)
+RULES: tuple[Callable[[Case], Finding | None], ...] = (
+    _find_replica,
+    _find_flood,
+    *BREAKS,
     _find_too_few,
     _find_nothing,
     find_priors,

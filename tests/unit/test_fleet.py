@@ -47,3 +47,23 @@ def test_a_repeated_report_does_not_count_its_failures_twice():
     found.admit(report("a", 1, 105, 18), 10.6)
     assert found.outage("base", 11.0) is None
     assert found.repeated == 1
+
+
+def test_the_first_replica_to_report_an_outage_is_not_blamed_before_the_others_were_heard():
+    found = Fleet()
+    for tag in ("a", "b"):
+        found.admit(report(tag, 0, 0, 0), 9.0)
+        found.admit(report(tag, 1, 100, 0), 10.0)
+    found.admit(report("a", 2, 150, 50), 10.5)
+    assert found.outage("base", 10.6) is None
+    found.admit(report("b", 2, 150, 50), 10.9)
+    assert found.outage("base", 11.0).scope == "global"
+
+
+def test_a_replica_that_fails_while_the_others_stay_silent_is_named_all_the_same():
+    found = Fleet()
+    for tag in ("a", "b"):
+        found.admit(report(tag, 0, 0, 0), 9.0)
+        found.admit(report(tag, 1, 100, 0), 10.0)
+    found.admit(report("a", 2, 200, 100), 10.5)
+    assert found.outage("base", 14.0).scope == "replica:a"
