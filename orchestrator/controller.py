@@ -19,14 +19,13 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator import healing, rollout
-from orchestrator.drift.culprit import MAX_JUDGED, blame
 from orchestrator.drift.diagnosis import diagnose, diagnose_failures
 from orchestrator.drift.labels import LabelTest, tolerated_error
 from orchestrator.drift.monitor import Monitor
 from orchestrator.drift.statistics import read
 from orchestrator.errors import HealError
 from orchestrator.fleet import Fleet
-from orchestrator.messages import BASE, Alarm, Command, Diagnosis, LabelArrived, Phase, Report, Target, Window
+from orchestrator.messages import BASE, Alarm, Command, Diagnosis, LabelArrived, Phase, Report, Target
 from orchestrator.ports import Ports
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.state import (
@@ -176,12 +175,10 @@ class Controller:
             return None
         if episode.alarm.cause == "failures":
             return diagnose_failures(episode.alarm)
-        baseline = self._monitor.baseline(episode.alarm.digest)
-        if baseline is None:
-            return None
-        alarm = blame(baseline, self._monitor.attribute(episode.alarm), self._parts(episode.alarm))
+        alarm = self._monitor.attribute(episode.alarm)
         window = self._monitor.since(alarm.onset_s, alarm.digest, alarm.scope)
-        if window is None:
+        baseline = self._monitor.baseline(alarm.digest)
+        if window is None or baseline is None:
             return None
         if window.count < settings.diagnosis_instances and not self.traffic_ended:
             return None
@@ -197,14 +194,6 @@ class Controller:
             final=self.traffic_ended or window.count >= settings.buffer_instances or waited_s > LAST_WORD_S,
             fresh=self._monitor.since(alarm.raised_s, alarm.digest, alarm.scope),
         )
-
-    def _parts(self, alarm: Alarm) -> dict[str, Window]:
-        """What each replica saw since the onset."""
-        scopes = [f"replica:{view.tag}" for view in self._fleet.views(self._clock())]
-        if len(scopes) > MAX_JUDGED:
-            return {}
-        seen = {scope: self._monitor.since(alarm.onset_s, alarm.digest, scope) for scope in scopes}
-        return {scope: window for scope, window in seen.items() if window is not None}
 
     def _buffered(self, state: State) -> int:
         if state.episode is None or state.episode.alarm is None:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.drift.baseline import Baseline
+from orchestrator.drift.baseline import Array, Baseline
 from orchestrator.drift.detector import Detector
-from orchestrator.drift.evidence import Evidence, difference_p, evidence_of, inputs_p, outputs_p
+from orchestrator.drift.evidence import Evidence, checks_p, difference_p, evidence_of, inputs_p, outputs_p
 from orchestrator.drift.statistics import merge, read
 from orchestrator.errors import IntegrityError
 from orchestrator.messages import Alarm, Window
@@ -31,10 +31,10 @@ MAX_DETECTORS = 2048  # scopes kept at once, up to 150 KB each; the longest unhe
 SNAPSHOT_SCOPES = 64  # that a snapshot keeps: about 70 KB each
 RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
-MIN_PART_INSTANCES = 64  # the latest of a replica or segment that are judged; with fewer it is not judged at all
+MIN_PART_INSTANCES = 64  # of a replica or segment, and of the others, to be judged
 MIN_FORMER_INSTANCES = 256  # before the onset, for a source's former share of the traffic
 BLAMED_P = 1.0e-4  # p-value that makes a part the culprit
-CLEARED_P = 0.005  # the smaller of two p-values of the others above this: they are well (all but 1% of healthy ones)
+CLEARED_P = 0.005  # the smallest p-value of the others above this: they are well
 RETURN_RATIO = 0.5  # squared distance to the old world below this part of that to normal: it is back
 
 
@@ -268,42 +268,26 @@ class Monitor:
         )
 
     def _attribute(self, digest: str, onset_s: float) -> str:
-        """The one replica or segment that strayed while all the others are well, or else `global`."""
+        """The one replica or segment that strayed while all the others are well, or else `global`.
+
+        Judged on all that each of them saw since the onset.
+        """
         recent = [(tag, w) for tag, w in self._rings[digest] if w.first_s >= onset_s]
         keys: tuple[Callable[[str, Window], str], ...] = (
             lambda tag, _: f"replica:{tag}",
             lambda _, w: f"segment:{w.segment}" if w.segment else "",
         )
+        baseline = self._baselines[digest]
         for key in keys:
             parts: dict[str, list[Window]] = {}
             for tag, window in recent:
                 parts.setdefault(key(tag, window), []).append(window)
-            blamed = [name for name in parts if name and self._is_alone(digest, name, parts)]
+            seen = {name: evidence_of(baseline, merge(windows)).vector for name, windows in parts.items()}
+            total_V = np.sum(list(seen.values()), axis=0)
+            blamed = [name for name, own_V in seen.items() if name and _is_alone(baseline, own_V, total_V - own_V)]
             if len(blamed) == 1:
                 return blamed[0]
         return GLOBAL
-
-    def _is_alone(self, digest: str, name: str, parts: dict[str, list[Window]]) -> bool:
-        """Whether one part strayed from normal and from the others, which are well."""
-        others = sorted((w for key, windows in parts.items() if key != name for w in windows), key=lambda w: w.last_s)
-        part, rest = self._latest(digest, parts[name]), self._latest(digest, others)
-        if part is None or rest is None:
-            return False
-        baseline = self._baselines[digest]
-        return (
-            min(outputs_p(baseline, part), inputs_p(baseline, part)) < BLAMED_P
-            and min(outputs_p(baseline, rest), inputs_p(baseline, rest)) > CLEARED_P
-            and difference_p(baseline, part, rest) < BLAMED_P
-        )
-
-    def _latest(self, digest: str, windows: list[Window]) -> Evidence | None:
-        """The latest MIN_PART_INSTANCES: a late start of the drift clears nobody. None: too few to judge."""
-        latest: list[Window] = []
-        for window in reversed(windows):
-            latest.append(window)
-            if sum(w.count for w in latest) >= MIN_PART_INSTANCES:
-                return evidence_of(self._baselines[digest], merge(latest))
-        return None
 
     def _has_returned(self, digest: str, onset_s: float, scope: str) -> bool:
         """Whether the windows since the onset fit the old world clearly better than the digest's own."""
@@ -314,3 +298,17 @@ class Monitor:
         to_reference = float(((mean_M - baseline.reference_mean_M) ** 2).sum())
         to_normal = float(((mean_M - baseline.normal_mean_M) ** 2).sum())
         return to_reference < RETURN_RATIO * to_normal
+
+
+def _is_alone(baseline: Baseline, own_V: Array, rest_V: Array) -> bool:
+    """Whether one part strayed from normal and from the others, which are well; of both, the evidence."""
+    own, rest = Evidence(own_V, baseline), Evidence(rest_V, baseline)
+    if min(own.count, rest.count) < MIN_PART_INSTANCES:
+        return False
+    if _normal_p(baseline, own) >= BLAMED_P or _normal_p(baseline, rest) <= CLEARED_P:
+        return False
+    return min(difference_p(baseline, own, rest), checks_p(baseline, own)) < BLAMED_P
+
+
+def _normal_p(baseline: Baseline, found: Evidence) -> float:
+    return min(outputs_p(baseline, found), inputs_p(baseline, found), checks_p(baseline, found))
