@@ -67,7 +67,7 @@ class Levels:
         return bool(np.isfinite(self.critical_PST[list(SHARES).index(part), scale]).all())
 
     def _first_of(self, part: str) -> int:
-        return {"outputs": self.first, "classes": CLASSES_FIRST}.get(part, PLAIN_FIRST)
+        return {"classes": CLASSES_FIRST, "checks": PLAIN_FIRST}.get(part, self.first)
 
     def _outputs_level(self, scale: int) -> float:
         return SHARES["outputs"] / (len(SCALES) - scale) * SCALES[scale] / self.threshold
