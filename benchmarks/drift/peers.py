@@ -36,8 +36,8 @@ from orchestrator.settings import WINDOW_INSTANCES
 
 TARGET, TOLERATED = 2_000, 0.2
 WORKER = Path(__file__).with_name("peer_worker.py")
-# Instances a window: a window closes at 32, or after the second in which a quiet replica answers 8.
-OURS = {"ours-32": WINDOW_INSTANCES, "ours-8": 8}
+# Instances a window: a window closes at 32, or after the second in which a quiet replica answers 8 or 4.
+OURS = {"ours-32": WINDOW_INSTANCES, "ours-8": 8, "ours-4": 4}
 BLEND_SEEDS = {100: 1.0, 50: 1.0, 25: 0.4}  # part of the seeds used: a mild drift takes long
 
 

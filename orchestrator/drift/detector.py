@@ -1,6 +1,6 @@
 """Sequential test of one scope: has the traffic changed, and since when?
 
-Windows are merged to steps (of at least 32 instances, 8 where alarms may be frequent), steps to windows of 1, 2, 4, ...
+Windows are merged to steps (of at least 32 instances, 4 where alarms may be frequent), steps to windows of 1, 2, 4, ...
 up to 8,192 instances that overlap by three quarters. Each of them is tested in each part of the `evidence` at a level
 a = share * stride / threshold, where stride is how many instances pass between two such tests at the least (a busy
 scope's steps are larger). So the expected number of false alarms among N instances is at most the sum of all levels

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SCALES: tuple[int, ...] = tuple(8 << j for j in range(11))  # instances of a tested window: from severe to mild shifts
-BOOTSTRAP_SCALES = 6  # up to 256 instances the table is drawn from the sample; above, the Gaussian limit holds
+SCALES: tuple[int, ...] = tuple(4 << j for j in range(12))  # instances of a tested window: from severe to mild shifts
+BOOTSTRAP_SCALES = 7  # up to 256 instances the table is drawn from the sample; above, the Gaussian limit holds
 SURVIVAL_Q = np.array([0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01])  # survival probabilities of a table's quantiles
 TAIL_INFLATION = 1.1  # the mean excess beyond the last quantile is stretched by this: an estimate from some 40 windows
 MAX_POOL = 2048  # instances of the sample that windows are drawn from
-NUM_WINDOWS = (4096, 4096, 4096, 4096, 2048, 2048)  # drawn per scale, half of them class-bursty
+NUM_WINDOWS = (4096, 4096, 4096, 4096, 4096, 2048, 2048)  # drawn per scale, half of them class-bursty
 NUM_GAUSSIAN = 4096
 BURST = 20  # mean length of a run of one class in a bursty window: cameras do not shuffle what they see
 
