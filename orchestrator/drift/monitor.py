@@ -27,7 +27,7 @@ from orchestrator.messages import Alarm, Window
 
 GLOBAL = "global"
 BUDGET_SHARES = {"global": 0.5, "replica": 0.25, "segment": 0.25}  # of the allowed rate of false alarms
-MAX_DETECTORS = 2048  # scopes kept at once, up to 150 KB each; the longest unheard of goes first
+MAX_DETECTORS = 2048  # scopes kept at once, about 70 KB each; the longest unheard of goes first
 SNAPSHOT_SCOPES = 64  # that a snapshot keeps: about 70 KB each
 RING_WINDOWS = 2048  # recent windows kept per digest, about 5 KB each
 MAX_RINGS = 6  # digests whose windows are kept
