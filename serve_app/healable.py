@@ -250,7 +250,9 @@ class Healable:
 
     def _start_from_stable(self, waited_s: float) -> None:
         """No target in time: the last promoted generation, if it is of this base; else the base."""
-        log.warning("no target within %g s (%s); starting from stable.json", waited_s, self._pulse.problem)
+        log.warning(
+            "no target within %g s (%s); starting from stable.json", waited_s, self._pulse.problem or "no answer yet"
+        )
         try:
             stable = read_stable(self.storage)
         except HealError as error:
