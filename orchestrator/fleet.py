@@ -6,13 +6,14 @@ number left out is a loss that is reported as one.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, replace
 
 from orchestrator.messages import Alarm, Report
 from orchestrator.state import ReplicaView
 
 FORGET_S = 300.0  # a replica silent for this long leaves the table
+MAX_PAST = 4096  # processes that others followed, remembered at once
 OUTAGE_S = 10.0  # failed requests are counted over this long
 OUTAGE_MIN_FAILED = 20  # fewer failures in that time are no outage, whatever their share
 OUTAGE_SHARE = 0.2  # of requests that fail
@@ -45,6 +46,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._rows: dict[str, _Row] = {}
+        self._past: OrderedDict[tuple[str, str], int] = OrderedDict()  # last sequence of processes that others followed
         self._recent: deque[_Requests] = deque()
         self.repeated = 0
 
@@ -52,13 +54,19 @@ class Fleet:
         """Note a report; False when it was counted before (repeated or late)."""
         row = self._rows.get(report.replica_tag)
         same = row is not None and row.view.incarnation == report.incarnation
+        if not same and (report.replica_tag, report.incarnation) in self._past:
+            return self._admit_late(report)
         if same and row is not None and report.sequence <= row.sequence:
             self.repeated += 1
             self._rows[report.replica_tag] = replace(row, view=replace(row.view, last_seen_s=now_s))
             return False
-        lost = answered = failed = 0
+        lost, answered, failed = 0 if row is None else row.lost, 0, 0
+        if row is not None and not same:
+            self._past[report.replica_tag, row.view.incarnation] = row.sequence
+            while len(self._past) > MAX_PAST:
+                self._past.popitem(last=False)
         if same and row is not None:
-            lost = row.lost + report.sequence - row.sequence - 1
+            lost += report.sequence - row.sequence - 1
             answered, failed = report.requests - row.requests, report.errors - row.view.errors
         if answered or failed:
             self._recent.append(_Requests(now_s, report.replica_tag, answered, failed))
@@ -78,6 +86,15 @@ class Fleet:
         self._rows[report.replica_tag] = _Row(
             view, report.sequence, lost, report.dropped, report.versions, report.requests
         )
+        return True
+
+    def _admit_late(self, report: Report) -> bool:
+        """A report of a process that another one has followed: counted once, but the replica is the later one."""
+        key = report.replica_tag, report.incarnation
+        if report.sequence <= self._past[key]:
+            self.repeated += 1
+            return False
+        self._past[key] = report.sequence
         return True
 
     def outage(self, digest: str, now_s: float) -> Alarm | None:
@@ -117,7 +134,7 @@ class Fleet:
         return tuple(self._rows[tag].view for tag in sorted(self._rows))
 
     def lost_reports(self) -> int:
-        """Reports that never arrived, over the incarnations alive."""
+        """Reports that never arrived, of the replicas in the table, whichever process sent them."""
         return sum(row.lost for row in self._rows.values())
 
     def to_json(self, now_s: float, replica_lost_s: float) -> list[dict[str, object]]:

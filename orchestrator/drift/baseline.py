@@ -8,6 +8,8 @@ digest has its own baseline, in the coordinates of the base's.
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,8 @@ __all__ = ["Baseline", "Sample", "baseline_key", "decode_baseline", "fit_baselin
 
 Array = NDArray[Any]
 
+# What numpy and the zip beneath raise for bytes that are cut off, flipped, empty, or of another version.
+NPZ_ERRORS = (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 MIN_INSTANCES = 8
 ENTROPY_SHARE = 0.05  # of the variance of the outputs' residual that its entropy makes up
 TOLERANCE = 1.0e-4  # squared distance of the outputs, in total variances, that is never drift
@@ -155,8 +159,8 @@ def decode_baseline(data: bytes) -> Baseline:
             values = {name: stored[name] for name in stored.files}
         sticks = {name: _stick(values, name) for name in ("outputs", "inputs")}
         plain: dict[str, Any] = {f.name: values[f.name] for f in fields(Baseline) if f.name not in sticks}
-    except (KeyError, ValueError, OSError) as error:
-        raise IntegrityError(f"a baseline must be an npz with all its entries; got {error}; fit it anew") from error
+    except NPZ_ERRORS as error:
+        raise IntegrityError(f"a baseline must be an npz with all its entries; got {error!r}; fit it anew") from error
     plain = {name: value if value.ndim else value.item() for name, value in plain.items()}
     return Baseline(**plain | sticks)
 

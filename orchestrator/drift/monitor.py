@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.drift.baseline import Array, Baseline
+from orchestrator.drift.baseline import NPZ_ERRORS, Array, Baseline
 from orchestrator.drift.detector import Detector
 from orchestrator.drift.evidence import Evidence, checks_p, difference_p, evidence_of, inputs_p, outputs_p
 from orchestrator.drift.statistics import merge, read
@@ -212,13 +212,13 @@ class Monitor:
             with np.load(io.BytesIO(data), allow_pickle=False) as stored:
                 meta = json.loads(stored["meta"].tobytes())
                 states = [{**state, "vectors": stored[f"vectors_{i}"]} for i, state in enumerate(meta["detectors"])]
-        except (KeyError, ValueError, OSError) as error:
-            raise IntegrityError(f"a monitor's snapshot must be an npz of its own making; got {error}") from error
+            restored = {(state["digest"], state["scope"]): state for state in states}
+            alarm = Alarm(**meta["alarm"]) if meta["alarm"] else None
+            watched, ignored = meta["watched"], int(meta["ignored"])
+        except NPZ_ERRORS as error:
+            raise IntegrityError(f"a monitor's snapshot must be an npz of its own making; got {error!r}") from error
         self._detectors.clear()
-        self._watched = meta["watched"]
-        self.ignored = int(meta["ignored"])
-        self._alarm = Alarm(**meta["alarm"]) if meta["alarm"] else None
-        self._restored = {(state["digest"], state["scope"]): state for state in states}
+        self._watched, self.ignored, self._alarm, self._restored = watched, ignored, alarm, restored
 
     # ------------------------------------------------------------ inside
 

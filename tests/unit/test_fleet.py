@@ -1,5 +1,7 @@
 """Requests that fail: an outage of all, a fault of one, and neither."""
 
+from dataclasses import replace
+
 import pytest
 
 from orchestrator.fleet import Fleet
@@ -67,3 +69,19 @@ def test_a_replica_that_fails_while_the_others_stay_silent_is_named_all_the_same
         found.admit(report(tag, 1, 100, 0), 10.0)
     found.admit(report("a", 2, 200, 100), 10.5)
     assert found.outage("base", 14.0).scope == "replica:a"
+
+
+def test_reports_of_two_processes_of_one_replica_are_counted_once_in_any_order():
+    found = Fleet()
+    sent = [("i0", 1), ("i1", 1), ("i0", 1), ("i1", 1), ("i0", 2), ("i0", 2), ("i1", 2), ("i1", 1)]
+    counted = [found.admit(replace(report("a", sequence, 0, 0), incarnation=name), 10.0) for name, sequence in sent]
+    assert counted == [True, True, False, False, True, False, True, False]
+    assert found.repeated == 4
+    assert [view.incarnation for view in found.views(10.0)] == ["i1"]
+
+
+def test_a_loss_is_still_reported_after_a_restart():
+    found = Fleet()
+    for name, sequence in (("i0", 1), ("i0", 5), ("i1", 0)):
+        found.admit(replace(report("a", sequence, 0, 0), incarnation=name), 10.0)
+    assert found.lost_reports() == 3

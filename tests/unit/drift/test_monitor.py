@@ -1,8 +1,10 @@
 """The fleet's monitor: one sticky alarm, its scope, the way back, restarts."""
 
+import io
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from mixture import NUM_CHANNELS, World, window
 
@@ -170,3 +172,23 @@ def test_the_page_sees_every_scope_with_its_level():
 def test_the_rate_of_false_alarms_must_be_positive():
     with pytest.raises(ValueError, match="arl_instances must be >= 1"):
         Monitor(0)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:200] + b"x" + b[201:]])
+def test_a_spoilt_snapshot_is_refused_by_name_and_changes_nothing(spoil):
+    monitor = fresh()
+    feed(monitor, 40, shift=1.0)
+    before = monitor.statistic()
+    with pytest.raises(IntegrityError, match="npz"):
+        monitor.restore(spoil(monitor.snapshot()))
+    assert monitor.statistic() == before
+
+
+def test_a_snapshot_of_another_version_is_refused_by_name():
+    monitor = fresh()
+    buffer = io.BytesIO()
+    np.savez(
+        buffer, meta=np.frombuffer(b'{"detectors": [], "watched": null, "alarm": {"odd": 1}, "ignored": 0}', np.uint8)
+    )
+    with pytest.raises(IntegrityError, match="npz"):
+        monitor.restore(buffer.getvalue())
