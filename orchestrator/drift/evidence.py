@@ -36,19 +36,24 @@ class Evidence:
     __slots__ = ("checks_C", "classes_K", "count", "inputs_W", "outputs_W", "vector")
 
     def __init__(self, vector: Array, baseline: Baseline) -> None:
-        width = baseline.outputs.means_KW.shape[1]
-        classes = width + (0 if baseline.inputs is None else baseline.inputs.means_KW.shape[1])
-        checks = classes + baseline.num_classes
+        outputs, inputs, classes, _ = _ends(baseline)
         self.vector = vector
-        self.outputs_W, self.inputs_W = vector[..., :width], vector[..., width:classes]
-        self.classes_K, self.checks_C = vector[..., classes:checks], vector[..., checks:-1]
+        self.outputs_W, self.inputs_W = vector[..., :outputs], vector[..., outputs:inputs]
+        self.classes_K, self.checks_C = vector[..., inputs:classes], vector[..., classes:-1]
         self.count = vector[..., -1]
 
 
 def evidence_size(baseline: Baseline) -> int:
     """Length of a vector of evidence."""
-    inputs = 0 if baseline.inputs is None else baseline.inputs.means_KW.shape[1]
-    return int(baseline.outputs.means_KW.shape[1]) + inputs + baseline.num_classes + len(CHECKS) + 1
+    return _ends(baseline)[-1]
+
+
+def _ends(baseline: Baseline) -> tuple[int, int, int, int]:
+    """Where outputs, inputs, classes and the whole vector (checks, then the count) end."""
+    outputs = int(baseline.outputs.means_KW.shape[1])
+    inputs = outputs + (0 if baseline.inputs is None else int(baseline.inputs.means_KW.shape[1]))
+    classes = inputs + baseline.num_classes
+    return outputs, inputs, classes, classes + len(CHECKS) + 1
 
 
 def evidence_of(baseline: Baseline, window: Window) -> Evidence:

@@ -34,11 +34,10 @@ class Levels:
 
     def __init__(self, baseline: Baseline, threshold: float) -> None:
         self.threshold = threshold
-        self.first = next(
-            scale for scale in range(len(SCALES)) if scale == PLAIN_FIRST or self._outputs_level(scale) >= MIN_LEVEL
-        )
+        self.first = 0
+        while self.first < PLAIN_FIRST and self.level("outputs", self.first) < MIN_LEVEL:
+            self.first += 1
         tables = {part: _tables(baseline, part) for part in SHARES}
-        scales = range(len(SCALES))
         self.critical_PST = np.full((len(SHARES), len(SCALES), len(SCALES)), math.inf)
         self.tails_PT = np.ones((len(SHARES), len(SCALES)))
         for p, part in enumerate(SHARES):
@@ -51,7 +50,7 @@ class Levels:
                 else:
                     self.critical_PST[p, scale] = [critical_value(level, table_T) for table_T in tables[part]]
             if tables[part]:
-                self.tails_PT[p] = [tables[part][scale][-1] for scale in scales]
+                self.tails_PT[p] = [table_T[-1] for table_T in tables[part]]
 
     def level(self, part: str, scale: int) -> float:
         """Probability of a false alarm that one test of this part and scale may spend."""
@@ -68,9 +67,6 @@ class Levels:
 
     def _first_of(self, part: str) -> int:
         return {"classes": CLASSES_FIRST, "checks": PLAIN_FIRST}.get(part, self.first)
-
-    def _outputs_level(self, scale: int) -> float:
-        return SHARES["outputs"] / (len(SCALES) - scale) * SCALES[scale] / self.threshold
 
 
 def _tables(baseline: Baseline, part: str) -> list[Array]:

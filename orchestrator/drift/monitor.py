@@ -49,7 +49,6 @@ class Monitor:
         if arl_instances < 1:
             raise ValueError(f"arl_instances must be >= 1; got {arl_instances}")
         self.arl_instances = arl_instances
-        self._lone_tag: str | None = None  # of the only replica heard so far; "" once there are more
         self.ignored = 0  # windows under a digest without a baseline, or of another layout
         self._watched: str | None = None
         self._alarm: Alarm | None = None
@@ -93,9 +92,7 @@ class Monitor:
         self._remember(replica_tag, window)
         if self._watched is not None and window.digest != self._watched:
             return
-        scopes = [GLOBAL] + ([f"segment:{window.segment}"] if window.segment else [])
-        if not self._is_lone(replica_tag):
-            scopes.append(f"replica:{replica_tag}")
+        scopes = [GLOBAL, f"replica:{replica_tag}"] + ([f"segment:{window.segment}"] if window.segment else [])
         found = evidence_of(baseline, window)
         detectors = {scope: self._detector(window.digest, scope) for scope in scopes}
         times = window.first_s, window.last_s
@@ -227,13 +224,6 @@ class Monitor:
             del self._detectors[key]
         self._restored = {key: state for key, state in self._restored.items() if key[0] != digest}
         self._rings.pop(digest, None)
-
-    def _is_lone(self, replica_tag: str) -> bool:
-        """Whether no other replica has been heard yet: the fleet's test is its own, then."""
-        self._lone_tag = replica_tag if self._lone_tag is None else self._lone_tag
-        if replica_tag != self._lone_tag:
-            self._lone_tag = ""  # no replica's tag
-        return replica_tag == self._lone_tag
 
     def _remember(self, replica_tag: str, window: Window) -> None:
         ring = self._rings.setdefault(window.digest, deque(maxlen=RING_WINDOWS))

@@ -21,6 +21,17 @@ def fleet(*rows):
     return found
 
 
+def well_then(*later):
+    """Two replicas that answer all of 100 requests; then reports of (tag, requests, failed, time)."""
+    found = Fleet()
+    for tag in ("a", "b"):
+        found.admit(report(tag, 0, 0, 0), 9.0)
+        found.admit(report(tag, 1, 100, 0), 10.0)
+    for tag, requests, failed, at_s in later:
+        found.admit(report(tag, 2, requests, failed), at_s)
+    return found
+
+
 def test_failures_on_every_replica_are_an_outage():
     alarm = fleet(("a", 30, 30), ("b", 40, 20)).outage("base", 11.0)
     assert (alarm.scope, alarm.cause) == ("global", "failures")
@@ -52,23 +63,13 @@ def test_a_repeated_report_does_not_count_its_failures_twice():
 
 
 def test_the_first_replica_to_report_an_outage_is_not_blamed_before_the_others_were_heard():
-    found = Fleet()
-    for tag in ("a", "b"):
-        found.admit(report(tag, 0, 0, 0), 9.0)
-        found.admit(report(tag, 1, 100, 0), 10.0)
-    found.admit(report("a", 2, 150, 50), 10.5)
-    assert found.outage("base", 10.6) is None
-    found.admit(report("b", 2, 150, 50), 10.9)
-    assert found.outage("base", 11.0).scope == "global"
+    first = ("a", 150, 50, 10.5)
+    assert well_then(first).outage("base", 10.6) is None
+    assert well_then(first, ("b", 150, 50, 10.9)).outage("base", 11.0).scope == "global"
 
 
 def test_a_replica_that_fails_while_the_others_stay_silent_is_named_all_the_same():
-    found = Fleet()
-    for tag in ("a", "b"):
-        found.admit(report(tag, 0, 0, 0), 9.0)
-        found.admit(report(tag, 1, 100, 0), 10.0)
-    found.admit(report("a", 2, 200, 100), 10.5)
-    assert found.outage("base", 14.0).scope == "replica:a"
+    assert well_then(("a", 200, 100, 10.5)).outage("base", 14.0).scope == "replica:a"
 
 
 def test_reports_of_two_processes_of_one_replica_are_counted_once_in_any_order():

@@ -51,14 +51,6 @@ def test_a_shift_of_all_traffic_raises_a_sticky_global_alarm_until_reset():
     assert monitor.alarm() is None
 
 
-def test_a_lone_replica_is_tested_once_and_each_of_several_by_itself():
-    monitor = fresh()
-    feed(monitor, 4, tags=("r0",))
-    assert set(monitor.statistic()["scopes"]) == {"global"}
-    feed(monitor, 4)
-    assert set(monitor.statistic()["scopes"]) == {"global", "replica:r0", "replica:r1"}
-
-
 def test_one_broken_replica_of_four_is_named():
     monitor = fresh()
     feed(monitor, 40, tags=("a", "b", "c", "d"), broken=("c",))
