@@ -10,7 +10,7 @@ import torch
 from fastapi import FastAPI, Request
 from ray import serve
 
-from orchestrator.registry import fetch_model, load_published_spec
+from orchestrator.models import fetch_model, load_published_spec
 from orchestrator.storage import open_storage
 from tuning.base_model import build_module
 

@@ -55,7 +55,7 @@ def _start(model: Path | None, folder: str) -> tuple[str, str, str, np.ndarray]:
     from orchestrator.datasets import read_dataset
     from orchestrator.keys import load_keys
     from orchestrator.launch import AppArgs, _demo_model, app, free_port
-    from orchestrator.registry import publish_model
+    from orchestrator.models import publish_model
     from orchestrator.spec import load_spec
     from orchestrator.storage import open_storage
 

@@ -18,7 +18,7 @@ from ray.serve import Application
 
 from orchestrator.errors import HealError, ServiceError
 from orchestrator.keys import heal_home, load_keys
-from orchestrator.registry import fetch_model, load_published_spec, publish_model
+from orchestrator.models import fetch_model, load_published_spec, publish_model
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage

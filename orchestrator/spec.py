@@ -1,6 +1,6 @@
 """The model spec (contract 3.2): what a user writes about a model, checked once, at the door.
 
-Called by everything that loads a base model: the launcher, `heal rehearse`, replicas and trials (through the registry).
+Called by everything that loads a base model: the launcher, `heal rehearse`, replicas and trials (through `models`).
 Parses and checks; it builds no module and reads no tensor. Every message names field, expectation and value.
 """
 

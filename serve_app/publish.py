@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from orchestrator.registry import publish_model
+from orchestrator.models import publish_model
 from orchestrator.spec import ModelSpec
 from orchestrator.storage import Storage
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from orchestrator.errors import HealError, RequestError, ServiceError
-from orchestrator.registry import fetch_model, load_published_spec
+from orchestrator.models import fetch_model, load_published_spec
 from orchestrator.settings import ServiceConfig
 from orchestrator.storage import open_storage
 from serve_app.batcher import Batcher

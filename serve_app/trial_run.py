@@ -19,7 +19,7 @@ def try_model(folder: Path, spec: ModelSpec) -> None:
     """Build the model and answer two inputs of zeros, on the CPU.
 
     Args:
-        folder: as `registry.fetch_model` gives it.
+        folder: as `models.fetch_model` gives it.
         spec: the published spec.
 
     Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from orchestrator.datasets import concatenate, read_dataset, split_reference
 from orchestrator.drift.baseline import Baseline, fit_baseline, load_baseline, save_baseline
 from orchestrator.messages import BASE
-from orchestrator.registry import fetch_model, load_published_spec
+from orchestrator.models import fetch_model, load_published_spec
 from orchestrator.storage import Storage, open_storage
 from tuning.base_model import build_module, collect_sample, feature_tap, resolve_device
 

@@ -19,7 +19,7 @@ from orchestrator.datasets import Dataset, read_dataset, row_hashes, split_refer
 from orchestrator.drift.baseline import Baseline
 from orchestrator.errors import DataError
 from orchestrator.messages import Kind, SearchRequest, TrialConfig
-from orchestrator.registry import fetch_model, load_published_spec
+from orchestrator.models import fetch_model, load_published_spec
 from orchestrator.storage import Storage
 from tuning.base_model import FeatureTap, build_module, feature_tap, resolve_device
 from tuning.buffer import Buffer, collect

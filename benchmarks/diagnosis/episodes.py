@@ -12,8 +12,9 @@ from functools import cache
 
 import numpy as np
 
+from benchmarks.cifar10 import CLEAN
 from benchmarks.diagnosis import catalogue
-from benchmarks.diagnosis.passes import CLEAN, SHARED, Passes
+from benchmarks.diagnosis.passes import Passes
 from benchmarks.diagnosis.service import Tick
 from orchestrator.drift.sample import Sample, rows_of
 from orchestrator.settings import WINDOW_INSTANCES
@@ -236,6 +237,3 @@ def scripts(passes: Passes) -> dict[str, tuple[Script, tuple[str, ...]]]:
         "held_out_faults": (everywhere, catalogue.HELD_OUT_FAULTS),
         "faults_under_drift": (everywhere, tuple(f"{name} on fog" for name in catalogue.UNSEEN)),
     }
-
-
-assert set(SHARED) <= set(catalogue.NATURAL)

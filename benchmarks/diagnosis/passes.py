@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.cifar10 import CLEAN, REFERENCE, Cifar10, base_baseline, right
 from benchmarks.diagnosis import drifts, faults
-from benchmarks.diagnosis.drifts import Change, Images, clip, part_of
-from orchestrator.drift.baseline import Baseline, fit_baseline
-from orchestrator.drift.sample import Sample, rows_of
+from benchmarks.diagnosis.drifts import Change, Images, part_of
+from orchestrator.drift.baseline import Baseline
+from orchestrator.drift.sample import Sample
 
-SHARED = ("gaussian_noise", "defocus_blur", "glass_blur", "fog", "contrast", "brightness")
-CLEAN, REFERENCE = "clean", "reference"
 KNOWN: dict[str, Change] = {
     **drifts.DEVELOPED,
     **drifts.GENTLE,
@@ -40,7 +39,8 @@ class Passes:
     """
 
     def __init__(self, data: Path, folder: Path) -> None:
-        self.data, self.folder = data, folder
+        self.folder = folder
+        self._shared = Cifar10(data)
         self._read: dict[str, Sample] = {}
 
     def sample(self, name: str) -> Sample:
@@ -55,39 +55,14 @@ class Passes:
 
     def loss(self, name: str) -> tuple[float, float]:
         """Accuracy truly lost to a change, 0..1, and the standard error of that figure: the rows are paired."""
-        right_2N = [_right(self.sample(n)).astype(float) for n in (CLEAN, name)]
+        right_2N = [right(self.sample(n)).astype(float) for n in (CLEAN, name)]
         lost_N = right_2N[0] - right_2N[1]
         return float(lost_N.mean()), float(lost_N.std() / np.sqrt(len(lost_N)))
 
     @cached_property
     def baseline(self) -> Baseline:
-        """The base's baseline, fitted on what the product fits it on."""
-        from orchestrator.datasets import split_reference
-
-        stored = self._dataset(REFERENCE)
-        numbered = type(stored)(**{**vars(stored), "labels": np.arange(len(stored))})
-        parts = split_reference(numbered)
-        rows_N = np.sort(np.concatenate([parts[name].labels for name in ("fit", "gate")]))
-        return fit_baseline("bench", "base", rows_of(self.sample(REFERENCE), rows_N), None, None, 3)
-
-    # ------------------------------------------------------------ inside
-
-    @cached_property
-    def _model(self):  # type: ignore[no-untyped-def]
-        import torch
-
-        from orchestrator.spec import load_spec
-        from tuning.base_model import build_module, feature_tap
-
-        torch.set_num_threads(1)
-        spec = load_spec(self.data / "model.yaml")
-        module = build_module(self.data, spec)
-        return module, feature_tap(module, spec, self._dataset(REFERENCE).inputs[:2])
-
-    def _dataset(self, name: str):  # type: ignore[no-untyped-def]
-        from orchestrator.datasets import read_dataset
-
-        return read_dataset(self.data / f"{name}.parquet")
+        """The base's baseline."""
+        return base_baseline(self.sample(REFERENCE), self._shared.fit_rows_N)
 
     def images(self, name: str) -> Images:
         """The changed images, (N, 32, 32, 3)."""
@@ -98,36 +73,18 @@ class Passes:
         drift, _, percent = name.partition("@")
         if drift in KNOWN:
             changed = part_of(KNOWN[drift], float(percent) / 100.0) if percent else KNOWN[drift]
-            return changed(self._stored(CLEAN)[0], seed)
-        stored = self._stored(drift)[0]
-        if not percent:
-            return stored
-        share = np.float32(float(percent) / 100.0)
-        return clip(share * stored + (1 - share) * self._stored(CLEAN)[0])
+            return changed(self._shared.images(CLEAN)[0], seed)
+        return self._shared.blend(drift, float(percent or 100))
 
-    def _stored(self, name: str) -> tuple[Images, np.ndarray]:
-        parts = [self._dataset(f"{name}.{part}") for part in ("traffic", "eval")]
-        return np.concatenate([p.inputs for p in parts]), np.concatenate([p.labels for p in parts])
+    # ------------------------------------------------------------ inside
 
     def _measure(self, name: str, path: Path) -> None:
-        import torch
-
-        from tuning.base_model import collect_sample
-
         if name == REFERENCE:
-            images, labels = (getattr(self._dataset(REFERENCE), n) for n in ("inputs", "labels"))
+            sample = self._shared.see(*self._shared.images(REFERENCE))
         else:
-            images, labels = self.images(name), self._stored(CLEAN)[1]
-        module, tap = self._model
-        images = np.ascontiguousarray(images)
-        sample = collect_sample(module, tap, images, torch.device("cpu"), labels=labels, layout="HWC")
+            sample = self._shared.see(self.images(name), self._shared.images(CLEAN)[1])
         values = {f.name: getattr(sample, f.name) for f in fields(Sample)}
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new.npz")
         np.savez(fresh, **{key: value for key, value in values.items() if value is not None})
         os.replace(fresh, path)
-
-
-def _right(sample: Sample) -> np.ndarray:
-    assert sample.labels_N is not None
-    return np.asarray(sample.logits_NK.argmax(axis=1) == sample.labels_N)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.drift.streams import window_of
 from orchestrator.controller import Controller
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.sample import Sample
-from orchestrator.drift.statistics import summarise
 from orchestrator.messages import (
     BASE,
     GateEvidence,
@@ -24,7 +24,6 @@ from orchestrator.messages import (
     Report,
     SearchRequest,
     SearchStatus,
-    Window,
 )
 from orchestrator.ports import Ports
 from orchestrator.settings import WINDOW_INSTANCES, HealSettings, ServiceConfig
@@ -170,7 +169,8 @@ class _Fed:
         """The next report of the tick's replica."""
         num = len(tick.sample.logits_NK)
         self.drifted += (num + tick.failed) if tick.drifted else 0
-        windows = (self._window(tick),) if num else ()
+        first_s = self.now_s - (WINDOW_INSTANCES - 1) / ROWS_PER_S
+        windows = (window_of(self._baseline, tick.sample, first_s, tick.segment, 1.0 / ROWS_PER_S),) if num else ()
         last = self._counts.get(tick.tag) or Report(tick.tag, "i", 0, self._baseline.base, 0, BASE, (BASE,))
         self._late.append(self._labels(tick))
         fresh = replace(
@@ -185,15 +185,6 @@ class _Fed:
         )
         self._counts[tick.tag] = fresh
         return fresh
-
-    def _window(self, tick: Tick) -> Window:
-        """Equal images have equal logits, which serve as their hashes."""
-        baseline, sample = self._baseline, tick.sample
-        hashes_N = np.unique(sample.logits_NK, axis=0, return_inverse=True)[1].ravel()
-        checks = replace(sample.checks(), hashes_N=hashes_N)
-        sums = summarise(baseline, baseline.layout, sample.embedding_ND, sample.logits_NK, checks)
-        first_s = self.now_s - (WINDOW_INSTANCES - 1) / ROWS_PER_S
-        return Window(baseline.base, BASE, tick.segment, len(sample.logits_NK), first_s, self.now_s, sums)
 
     def _labels(self, tick: Tick) -> tuple[LabelArrived, ...]:
         if tick.labels_N is None:

@@ -5,7 +5,7 @@ python -m benchmarks.drift false-alarms [--runs 200] [--traffic independent burs
 python -m benchmarks.drift delays [--kind all segment replica tenth] [--seeds 50]
 python -m benchmarks.drift centre [--replicas 1000] [--duration 60]
 python -m benchmarks.drift probe [--rounds 200] [--device cpu]
-    python -m benchmarks.drift peers [--seeds 50] [--peer ours-32 mmd-64 ...]
+python -m benchmarks.drift peers [--seeds 50] [--peer ours-32 mmd-64 ...]
 """
 
 from __future__ import annotations

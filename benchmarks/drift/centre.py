@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.cifar10 import REFERENCE
 from benchmarks.drift.false_alarms import drawn_baseline_and_fit
-from benchmarks.drift.features import REFERENCE, Features
+from benchmarks.drift.features import Features
 from benchmarks.drift.generator import Generator
 from benchmarks.drift.streams import monitor_of, windows_of
 from orchestrator.fleet import Fleet

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.drift.features import CLEAN, DRIFTS, PERCENTS, Features, set_name
+from benchmarks.cifar10 import CLEAN, DRIFTS
+from benchmarks.drift.features import PERCENTS, Features, set_name
 from benchmarks.drift.streams import endless_rows, joined, monitor_of, window_of
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.monitor import Monitor

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.drift.features import CLEAN, NUM_CHANNELS, REFERENCE, Features
+from benchmarks.cifar10 import CLEAN, NUM_CHANNELS, REFERENCE
+from benchmarks.drift.features import Features
 from benchmarks.drift.generator import Generator
 from benchmarks.drift.intervals import rate_per_million
 from benchmarks.drift.streams import Heard, listen, monitor_of, windows_of

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.cifar10 import CLEAN, REFERENCE
 from benchmarks.drift.false_alarms import drawn_baseline_and_fit, generator_of
-from benchmarks.drift.features import CLEAN, REFERENCE, Features
+from benchmarks.drift.features import Features
 from benchmarks.drift.streams import endless_rows
 from orchestrator.drift.baseline import Baseline
 from orchestrator.drift.sample import Sample, rows_of

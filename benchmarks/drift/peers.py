@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.drift.features import CLEAN, DRIFTS, PERCENTS, Features, set_name
+from benchmarks.cifar10 import CLEAN, DRIFTS
+from benchmarks.drift.features import PERCENTS, Features, set_name
 from benchmarks.drift.intervals import mean_time_interval
 from benchmarks.drift.peer_cases import (
     CLEAN_INSTANCES,

@@ -1,4 +1,4 @@
-"""Streams of windows for a monitor, out of samples; time is the number of the instance, in seconds.
+"""Streams of windows for a monitor, out of samples; time is the number of the instance, in seconds, unless said.
 
 Windows are reduced by `orchestrator.drift.statistics.summarise`, the oracle of the replicas' probe.
 """
@@ -6,7 +6,7 @@ Windows are reduced by `orchestrator.drift.statistics.summarise`, the oracle of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,16 @@ from orchestrator.messages import Window
 from orchestrator.settings import WINDOW_INSTANCES
 
 
-def window_of(baseline: Baseline, sample: Sample, start_s: float, segment: str = "") -> Window:
-    """One window of the whole sample, an instance a second."""
+def window_of(baseline: Baseline, sample: Sample, first_s: float, segment: str = "", each_s: float = 1.0) -> Window:
+    """One window of the whole sample, an instance every `each_s` seconds.
+
+    Equal inputs have equal logits, which serve as their hashes: repeated inputs are counted.
+    """
     num = len(sample.logits_NK)
-    sums = summarise(baseline, baseline.layout, sample.embedding_ND, sample.logits_NK, sample.checks())
-    return Window(baseline.base, baseline.digest, segment, num, start_s, start_s + num - 1, sums)
+    hashes_N = np.unique(sample.logits_NK, axis=0, return_inverse=True)[1].ravel()
+    checks = replace(sample.checks(), hashes_N=hashes_N)
+    sums = summarise(baseline, baseline.layout, sample.embedding_ND, sample.logits_NK, checks)
+    return Window(baseline.base, baseline.digest, segment, num, first_s, first_s + (num - 1) * each_s, sums)
 
 
 def windows_of(

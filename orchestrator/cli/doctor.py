@@ -12,7 +12,7 @@ import typer
 
 from orchestrator.cli.console import FINE, NOT_FINE, Json, StorageUri, finish, out, show_json
 from orchestrator.errors import HealError, SpecError, StorageError
-from orchestrator.registry import fetch_model, load_published_spec, publish_model
+from orchestrator.models import fetch_model, load_published_spec, publish_model
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 

@@ -16,7 +16,8 @@ from torch import nn
 from orchestrator.cli.load import Sent
 from orchestrator.datasets import Dataset
 from orchestrator.messages import BASE
-from orchestrator.registry import fetch_model, load_adapter, load_published_spec
+from orchestrator.models import fetch_model, load_published_spec
+from orchestrator.registry import load_adapter
 from orchestrator.storage import Storage
 from tuning.adapter import merged_twin
 from tuning.base_model import build_module

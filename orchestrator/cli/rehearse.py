@@ -26,8 +26,9 @@ from orchestrator.errors import SpecError
 from orchestrator.journal import Journal
 from orchestrator.keys import ROLES, ServiceKeys
 from orchestrator.messages import BASE, Mode, Phase, TrialResult, Verdict
+from orchestrator.models import fetch_model, load_published_spec, publish_model
 from orchestrator.ports import Ports
-from orchestrator.registry import fetch_model, load_published_spec, publish_model, write_stable
+from orchestrator.registry import write_stable
 from orchestrator.settings import WINDOW_INSTANCES, HealSettings, ServiceConfig
 from orchestrator.snapshots import Snapshots
 from orchestrator.spec import ModelSpec, load_spec

@@ -12,7 +12,8 @@ import ray
 
 import tiny
 from orchestrator.messages import Kind, Placement, SearchRequest
-from orchestrator.registry import load_adapter, publish_model
+from orchestrator.models import publish_model
+from orchestrator.registry import load_adapter
 from orchestrator.settings import NAMESPACE
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage

@@ -15,8 +15,9 @@ from orchestrator.drift.baseline import Baseline, load_baseline
 from orchestrator.journal import Journal, verify_journal
 from orchestrator.keys import load_keys
 from orchestrator.messages import Report, Target
+from orchestrator.models import fetch_model, load_published_spec, publish_model
 from orchestrator.ports import Ports
-from orchestrator.registry import fetch_model, load_published_spec, publish_model, write_stable
+from orchestrator.registry import write_stable
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.snapshots import Snapshots
 from orchestrator.spec import load_spec

@@ -18,16 +18,8 @@ from safetensors.numpy import load, save
 
 from orchestrator.errors import IntegrityError, NotFound, SpecError, StorageError
 from orchestrator.keys import ServiceKeys
-from orchestrator.registry import (
-    fetch_model,
-    list_adapters,
-    load_adapter,
-    load_published_spec,
-    publish_model,
-    read_stable,
-    save_adapter,
-    write_stable,
-)
+from orchestrator.models import fetch_model, load_published_spec, publish_model
+from orchestrator.registry import list_adapters, load_adapter, read_stable, save_adapter, write_stable
 from orchestrator.spec import ModelSpec, load_spec
 from orchestrator.storage import Storage, open_storage
 

@@ -8,7 +8,7 @@ from orchestrator.cli.load import Sent
 from orchestrator.cli.recompute import Recomputer, choose, two_faced
 from orchestrator.datasets import Dataset
 from orchestrator.messages import BASE
-from orchestrator.registry import publish_model
+from orchestrator.models import publish_model
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 

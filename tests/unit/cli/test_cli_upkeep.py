@@ -15,7 +15,8 @@ from orchestrator.drift.baseline import baseline_key
 from orchestrator.journal import Journal, verify_journal
 from orchestrator.keys import load_keys
 from orchestrator.messages import Kind, SearchRequest
-from orchestrator.registry import publish_model, save_adapter
+from orchestrator.models import publish_model
+from orchestrator.registry import save_adapter
 from orchestrator.spec import load_spec
 from orchestrator.state import State
 from orchestrator.storage import Storage, open_storage

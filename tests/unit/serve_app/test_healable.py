@@ -17,7 +17,8 @@ from small_service import KEY, SHIFT, Memory, build, healable, images, make_adap
 from orchestrator.drift.baseline import fit_baseline, save_baseline
 from orchestrator.errors import RequestError, SpecError
 from orchestrator.messages import BASE, Report, Target
-from orchestrator.registry import fetch_model, load_published_spec, write_stable
+from orchestrator.models import fetch_model, load_published_spec
+from orchestrator.registry import write_stable
 from orchestrator.storage import open_storage
 from serve_app.healable import Healable
 from tuning.base_model import build_module, collect_sample, feature_tap

@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from orchestrator.messages import Kind, SearchRequest
-from orchestrator.registry import publish_model
+from orchestrator.models import publish_model
 from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 from tuning.prepare import prepare_base
