@@ -67,7 +67,7 @@ class Baseline:
     normal_count: int
     reference_count: int
     outputs: Yardstick  # normal embedding and entropy, by predicted class
-    inputs: Yardstick | None  # normal channel means and squares; None for tables of > MAX_TESTED_CHANNELS columns
+    inputs: Yardstick | None  # normal channel means and squares; None for > MAX_TESTED_CHANNELS or all with long tails
     classes_table_T: Array  # null of the predicted class shares, see `null.tail_table`
     class_shares_K: Array  # predicted, normal
     reference_class_shares_K: Array  # predicted, reference
@@ -300,5 +300,7 @@ def _fit_inputs_stick(draft: Baseline, normal: Sample, rng: np.random.Generator)
         return None
     raw_NV = np.concatenate(standardised_channels(draft, normal.checks()), axis=1)
     predicted_N, truth_N = normal.logits_NK.argmax(axis=1), true_classes(normal)
-    mix_VV = whitening_mix(raw_NV)
-    return fit_yardstick(raw_NV, mix_VV, predicted_N, truth_N, draft.num_classes, INPUT_TOLERANCE, rng)
+    mix_VW = whitening_mix(raw_NV)
+    if not mix_VW.shape[1]:
+        return None
+    return fit_yardstick(raw_NV, mix_VW, predicted_N, truth_N, draft.num_classes, INPUT_TOLERANCE, rng)

@@ -18,6 +18,7 @@ Array = NDArray[Any]
 
 BANDWIDTH_PAIRS = 4096  # random pairs behind the median heuristic
 ROWS_PER_DIMENSION = 16  # of the PCA, at least
+MIN_HELD_SHARE = 0.95  # of the variance along directions chosen on other rows, from which they are believed
 LEAST_SCALE = 0.01  # of a sketch value, in the reference's mean extent (largest less smallest value of an image)
 LEAST_SHARE_SCALE = 0.1  # of a sketch value that is 0 or 1
 _SEED = 20240229
@@ -27,15 +28,15 @@ def fit_coordinates(reference: Sample) -> dict[str, Any]:
     """PCA to at most 64 whitened dimensions, and Gaussian frequencies for a kernel as wide as the median distance.
 
     Whitened by its own covariance, a sample looks narrower than fresh traffic ever will, by 1 + P / N in variance to
-    first order: the scale makes up for it, and few rows get few dimensions.
+    first order: the scale makes up for it, and few rows get few dimensions. Directions that were chosen for their
+    variance look wider than they are on top of that, unless they lead by far; where they do not, random ones are taken.
     """
     rng = np.random.default_rng(_SEED)
     embedding_ND = np.asarray(reference.embedding_ND, dtype=np.float64)
     num = len(embedding_ND)
     center_D = embedding_ND.mean(axis=0)
-    values_D, vectors_DD = np.linalg.eigh(np.atleast_2d(np.cov(embedding_ND - center_D, rowvar=False)))
-    keep = min(PCA_DIMENSIONS, max(1, num // ROWS_PER_DIMENSION), len(values_D))
-    values_P, vectors_DP = values_D[::-1][:keep], vectors_DD[:, ::-1][:, :keep]
+    keep = min(PCA_DIMENSIONS, max(1, num // ROWS_PER_DIMENSION), embedding_ND.shape[1])
+    values_P, vectors_DP = _directions(embedding_ND - center_D, keep)
     used_P = values_P > max(1e-6 * values_P[0], 1e-12)
     used_P[0] = True  # a constant embedding keeps one dimension, of zeros
     scale_P = np.where(values_P > 1e-12, 1.0 / np.sqrt(np.maximum(values_P, 1e-12)), 0.0)[used_P]
@@ -47,6 +48,33 @@ def fit_coordinates(reference: Sample) -> dict[str, Any]:
     frequencies_PF = rng.standard_normal((projection_DP.shape[1], FOURIER_FEATURES // 2)) / width
     as32 = {"center_D": center_D, "projection_DP": projection_DP, "frequencies_PF": frequencies_PF}
     return {name: value.astype(np.float32) for name, value in as32.items()}  # what probes compute in
+
+
+def _directions(centred_ND: Array, keep: int) -> tuple[Array, Array]:
+    """Variances (P,), largest first, and orthonormal directions (D, P) of what is kept of an embedding."""
+    values_P, vectors_DP = _leading(centred_ND, keep)
+    if keep == centred_ND.shape[1] or _held_share(centred_ND, keep) >= MIN_HELD_SHARE:
+        return values_P, vectors_DP
+    rng = np.random.default_rng(_SEED + 1)
+    basis_DP = np.linalg.qr(rng.standard_normal((centred_ND.shape[1], keep)))[0]
+    values_P, turned_PP = _leading(centred_ND @ basis_DP, keep)
+    return values_P, basis_DP @ turned_PP
+
+
+def _leading(centred_ND: Array, keep: int) -> tuple[Array, Array]:
+    """The `keep` largest eigenvalues of the covariance, and their eigenvectors."""
+    values_D, vectors_DD = np.linalg.eigh(np.atleast_2d(np.cov(centred_ND, rowvar=False)))
+    return values_D[::-1][:keep], vectors_DD[:, ::-1][:, :keep]
+
+
+def _held_share(centred_ND: Array, keep: int) -> float:
+    """Variance along the leading directions of one half of the rows, on the other half, in that on the first."""
+    order_N = np.random.default_rng(_SEED + 2).permutation(len(centred_ND))
+    first_N, second_N = np.array_split(order_N, 2)
+    values_P, vectors_DP = _leading(centred_ND[first_N], keep)
+    used_P = values_P > 1e-12
+    seen_P = (centred_ND[second_N] @ vectors_DP).var(axis=0)
+    return float((seen_P[used_P] / values_P[used_P]).mean()) if used_P.any() else 1.0
 
 
 def fit_temperature(logits_NK: Array, labels_N: Array) -> float:

@@ -34,7 +34,9 @@ Array = NDArray[Any]
 SHRINK_ROWS = 5.0  # a class's mean is drawn towards the overall mean as if by this many rows ...
 SHRINK_SPREAD_ROWS = 20.0  # ... and its variance as if by this many
 RIDGE = 1e-3  # of the inversion that finds what a prediction brings along from what a true class does
+MAX_KURTOSIS = 10.0  # of an entry that is tested: an exponential has 9
 MIN_EIGENVALUE = 1e-3  # of the largest: directions of less variance are not stretched to unit variance
+LEAST_SCORE_SD = 0.01  # nats, of an entropy that is weighted in full
 CHUNK = 512  # windows of the bootstrap at once
 
 
@@ -76,18 +78,36 @@ class Yardstick:
 
 
 def whitening_mix(raw_NV: Array) -> Array:
-    """Matrix (V, V) that makes the sample's covariance unit, but for directions of hardly any variance."""
-    values_V, vectors_VV = np.linalg.eigh(np.atleast_2d(np.cov(raw_NV, rowvar=False)))
-    least = max(MIN_EIGENVALUE * float(values_V[-1]), 1e-12)
-    return np.asarray(vectors_VV / np.sqrt(np.maximum(values_V, least)))
+    """Matrix (V, W) that makes the sample's covariance unit, but for directions of hardly any variance.
+
+    Entries with long tails are left out (W < V): a few rows of a sample say nothing of how far the next one lies, and
+    one such row moves a window's mean.
+    """
+    light_V = _kurtosis(raw_NV) <= MAX_KURTOSIS
+    if not light_V.any():
+        return np.zeros((raw_NV.shape[1], 0))
+    values_W, vectors_WW = np.linalg.eigh(np.atleast_2d(np.cov(raw_NV[:, light_V], rowvar=False)))
+    least = max(MIN_EIGENVALUE * float(values_W[-1]), 1e-12)
+    mix_VW = np.zeros((raw_NV.shape[1], len(values_W)))
+    mix_VW[light_V] = vectors_WW / np.sqrt(np.maximum(values_W, least))
+    return mix_VW
+
+
+def _kurtosis(raw_NV: Array) -> Array:
+    """Fourth moment of each entry in its squared variance, (V,): 3 for a Gaussian, 0 for a constant."""
+    centred_NV = raw_NV - raw_NV.mean(axis=0)
+    variance_V = (centred_NV**2).mean(axis=0)
+    return np.asarray((centred_NV**4).mean(axis=0) / np.maximum(variance_V, 1e-12) ** 2)
 
 
 def score_weights(residual_NV: Array, share: float) -> Array:
-    """Weights (V,) that are 1, but for the last entry, whose variance becomes `share` of the others' sum."""
+    """Weights (V,) that are 1, but for the last entry, whose variance becomes `share` of the others' sum.
+
+    Less where it hardly varies: a model that is always sure would have rounding blown up.
+    """
     weights_V = np.ones(residual_NV.shape[1])
     variance_V = residual_NV.var(axis=0)
-    if variance_V[-1] > 0:
-        weights_V[-1] = np.sqrt(share * variance_V[:-1].sum() / variance_V[-1])
+    weights_V[-1] = np.sqrt(share * variance_V[:-1].sum() / max(float(variance_V[-1]), LEAST_SCORE_SD**2))
     return weights_V
 
 

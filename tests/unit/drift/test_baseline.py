@@ -10,7 +10,7 @@ from mixture import NUM_CHANNELS, World
 from orchestrator.drift.baseline import baseline_key, decode_baseline, fit_baseline, load_baseline, save_baseline
 from orchestrator.drift.null import p_value
 from orchestrator.drift.sample import rows_of
-from orchestrator.drift.yardstick import Yardstick
+from orchestrator.drift.yardstick import LEAST_SCORE_SD, Yardstick
 from orchestrator.errors import DataError, IntegrityError, NotFound
 
 
@@ -145,3 +145,36 @@ def test_p_values_fall_with_the_statistic_and_stay_positive():
 def test_the_labelled_reference_calibrates_confidence():
     baseline = World(4).baseline(2000)
     assert baseline.reference_confidence == pytest.approx(baseline.accuracy, abs=0.03)
+
+
+def test_an_embedding_without_leading_directions_is_seen_along_random_ones():
+    rng = np.random.default_rng(0)
+    flat_ND = rng.standard_normal((2000, 200))
+    for spread_D, leads in ((np.ones(200), False), (np.arange(1, 201.0) ** -1.0, True)):
+        embedding_ND = flat_ND * spread_D
+        sample = replace(World(2).sample(2000), embedding_ND=embedding_ND)
+        baseline = fit_baseline("b", "base", sample, None, None, NUM_CHANNELS)
+        fresh_NP = (rng.standard_normal((4000, 200)) * spread_D - baseline.center_D) @ baseline.projection_DP
+        assert fresh_NP.var(axis=0).mean() == pytest.approx(1.0, abs=0.06)  # as wide as it was fitted
+        along_D = (baseline.projection_DP**2).sum(axis=1) * spread_D**2  # what is seen of each direction
+        assert (along_D[:20].sum() > 0.25 * along_D.sum()) == leads
+
+
+def test_columns_with_long_tails_are_left_to_the_embedding():
+    rng = np.random.default_rng(0)
+    sample = World(2).sample(2000)
+    means_NC = np.stack([np.exp(1.5 * rng.standard_normal(2000)), *rng.standard_normal((2, 2000))], axis=1)
+    for columns, tested in (([1, 2, 1], [True, True, True]), ([0, 1, 2], [False, True, True])):
+        table = replace(sample, channel_means_NC=means_NC[:, columns], channel_squares_NC=means_NC[:, columns] ** 2)
+        baseline = fit_baseline("b", "base", table, None, None, NUM_CHANNELS)
+        assert (np.abs(baseline.inputs.mix_VW[:3]).sum(axis=1) > 0).tolist() == tested
+    only = replace(sample, channel_means_NC=means_NC[:, [0, 0, 0]], channel_squares_NC=means_NC[:, [0, 0, 0]] ** 2)
+    assert fit_baseline("b", "base", only, None, None, NUM_CHANNELS).inputs is None
+
+
+def test_a_model_that_is_always_sure_has_its_entropy_not_blown_up():
+    sample = World(2).sample(400)
+    sure = replace(sample, logits_NK=sample.logits_NK * 1e4, labels_N=None)
+    outputs = fit_baseline("b", "base", sure, None, None, NUM_CHANNELS).outputs
+    assert np.isfinite(outputs.tables_ST).all()
+    assert outputs.mix_VW[-1] <= np.sqrt(len(outputs.mix_VW)) / LEAST_SCORE_SD
