@@ -39,16 +39,18 @@ class Detector:
     Args:
         baseline: of the digest.
         threshold: mean number of instances between false alarms at the least, > 0.
+        with_classes: whether class shares are tested, too: only the whole fleet's are known from the reference. A site
+            or a replica may have a mix of its own.
     """
 
-    def __init__(self, baseline: Baseline, threshold: float) -> None:
+    def __init__(self, baseline: Baseline, threshold: float, with_classes: bool = True) -> None:
         if threshold <= 0:
             raise ValueError(f"threshold must be > 0 instances; got {threshold}")
         self.baseline = baseline
         self.threshold = threshold
         self.instances = 0
         self.onset_s = 0.0
-        self._levels = Levels(baseline, threshold)
+        self._levels = Levels(baseline, threshold, with_classes)
         self._stepped_s = -math.inf
         self._pending: tuple[Array, float] | None = None  # evidence that does not fill a step yet
         # Rings of the last OVERLAP blocks of 1, 2, 4, ... steps: block number i of a ring lies at i % OVERLAP.

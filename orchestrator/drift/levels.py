@@ -32,7 +32,7 @@ class Levels:
         tails_PT: mean excess of a part's statistic beyond the last quantile of a table.
     """
 
-    def __init__(self, baseline: Baseline, threshold: float) -> None:
+    def __init__(self, baseline: Baseline, threshold: float, with_classes: bool = True) -> None:
         self.threshold = threshold
         self.first = 0
         while self.first < PLAIN_FIRST and self.level("outputs", self.first) < MIN_LEVEL:
@@ -41,7 +41,7 @@ class Levels:
         self.critical_PST = np.full((len(SHARES), len(SCALES), len(SCALES)), math.inf)
         self.tails_PT = np.ones((len(SHARES), len(SCALES)))
         for p, part in enumerate(SHARES):
-            if part != "checks" and not tables[part]:
+            if (part != "checks" and not tables[part]) or (part == "classes" and not with_classes):
                 continue
             for scale in range(self._first_of(part), len(SCALES)):
                 level = self.level(part, scale)

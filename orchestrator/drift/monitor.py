@@ -235,7 +235,9 @@ class Monitor:
     def _detector(self, digest: str, scope: str) -> Detector:
         key = (digest, scope)
         if key not in self._detectors:
-            self._detectors[key] = Detector(self._baselines[digest], self.threshold(scope))
+            self._detectors[key] = Detector(
+                self._baselines[digest], self.threshold(scope), with_classes=scope == GLOBAL
+            )
             if key in self._restored:
                 self._detectors[key].restore(self._restored.pop(key))
             while len(self._detectors) > MAX_DETECTORS:

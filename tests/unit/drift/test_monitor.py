@@ -73,6 +73,15 @@ def test_one_drifted_segment_is_named():
     assert monitor.attribute(monitor.alarm()).scope == "segment:south"
 
 
+def test_sites_and_replicas_with_a_class_mix_of_their_own_raise_no_alarm():
+    monitor = fresh()
+    mixes = {"zoo": [0.5, 0.5, 0.0, 0.0], "road": [0.0, 0.0, 0.5, 0.5]}
+    for i in range(160):
+        for number, (site, priors) in enumerate(mixes.items()):
+            feed(monitor, 1, tags=(f"r{number}",), start_s=32.0 * i + 16.0 * number, segment=site, priors=priors)
+    assert monitor.alarm() is None
+
+
 def test_the_growth_of_a_source_is_its_share_now_in_its_share_before():
     monitor = fresh()
     for i in range(20):
