@@ -25,16 +25,18 @@ from orchestrator.drift.breaks import (
 )
 from orchestrator.drift.case import Case, Finding
 from orchestrator.drift.estimate import LossEstimate, estimate_accuracies, estimate_loss
-from orchestrator.drift.evidence import classes_p, evidence_of, inputs_p, outputs_p
+from orchestrator.drift.evidence import checks_p, classes_p, evidence_of, inputs_p, outputs_p
 from orchestrator.drift.nature import find_unnatural
 from orchestrator.drift.priors import find_priors
 from orchestrator.drift.statistics import CHECKS, read
 from orchestrator.messages import Alarm, Diagnosis, Kind, Window
 from orchestrator.settings import HealSettings
 
-MIN_FRESH = 128  # instances after the alarm
+MIN_FRESH = 128  # instances of the later half
 MIN_UNKNOWN = 512  # instances from which what has no name is called unknown: more of them may show its name
 MIN_INSTANCES = 32  # valid ones, to tell one kind of drift from another
+PASSED_P = 0.005  # p-values of the later half all above this: what raised the alarm is over
+MIN_LATER_SHARE = 0.4  # of the instances since the onset; with fewer, traffic thinned out and they say too little
 NORMAL_P = 0.05  # all p-values above this: the alarm was false
 DISPERSION = 4.0  # of class counts, in those of independent traffic
 SUSPICIOUS_GROWTH = 3.0  # a source that strays and sends this many times its former share of the traffic floods
@@ -63,8 +65,9 @@ def diagnose(
         growth: how many times its former share of the traffic the alarm's segment sends now; nan where unknown.
         labels_say_harm: true labels show more errors than the reference's.
         final: False while more instances can be waited for.
-        fresh: what came after the alarm, of the same scope. The onset is an estimate, and a few whole images hide a
-            break that is exact; so breaks are looked for in this as soon as it holds MIN_FRESH instances.
+        fresh: the later half of the window. The onset is an estimate, and a few whole images hide a break that is
+            exact, so breaks are looked for in this; and where it shows nothing any more, it has passed. Used as soon
+            as it holds MIN_FRESH instances.
 
     Returns:
         Kind, a reason in one sentence with its inequality, and evidence as plain numbers and words. `none` when the
@@ -81,7 +84,10 @@ def diagnose(
     late = case
     if fresh is not None and fresh.count >= MIN_FRESH:
         late = replace(case, summary=read(baseline.layout, fresh), evidence=evidence_of(baseline, fresh))
-    finding = next((found for rule in RULES if (found := rule(late if rule in BREAKS else case)) is not None), None)
+    finding = _find_passed(case, late)
+    finding = finding or next(
+        (found for rule in RULES if (found := rule(late if rule in BREAKS else case)) is not None), None
+    )
     finding = finding or find_unnatural(late)
     if finding is not None and finding.kind is Kind.UNKNOWN and not final and late.summary.count < MIN_UNKNOWN:
         return None
@@ -115,6 +121,18 @@ def _evidence(case: Case, loss: LossEstimate) -> dict[str, Any]:
         **({"growth": case.growth} if math.isfinite(case.growth) else {}),
     }
     return {"scope": case.alarm.scope, "returned": case.alarm.returned, **{k: float(v) for k, v in numbers.items()}}
+
+
+def _find_passed(case: Case, late: Case) -> Finding | None:
+    """What raised the alarm is over: the later half of what came since shows nothing. There is nothing to learn."""
+    num = late.summary.count
+    if late is case or num < MIN_LATER_SHARE * case.summary.count or case.labels_say_harm:
+        return None
+    classes = classes_p(late.baseline, late.evidence.classes_K, DISPERSION)
+    p = min(late.shift_p, classes, checks_p(late.baseline, late.evidence))
+    if p <= PASSED_P:
+        return None
+    return Finding(Kind.NONE, f"it has passed: no shift in the latest {num} instances: p {p:.3f} > {PASSED_P}", {})
 
 
 def _find_replica(case: Case) -> Finding | None:

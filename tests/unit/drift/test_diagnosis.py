@@ -7,6 +7,7 @@ import pytest
 from mixture import World, window
 
 from orchestrator.drift.diagnosis import diagnose, diagnose_failures
+from orchestrator.drift.statistics import merge
 from orchestrator.messages import Alarm, Kind
 from orchestrator.settings import HealSettings
 
@@ -125,6 +126,16 @@ def test_harm_that_is_not_clear_waits_for_more_instances_while_they_come():
         settings = HealSettings(harm_threshold=loss)  # right on the line: no telling from these
         assert diagnose(BASELINE, w, ALARM, 2, settings, final=False) is None
         assert diagnose(BASELINE, w, ALARM, 2, settings).kind is last_word
+
+
+def test_a_shift_that_is_over_is_none_and_one_that_lasts_is_not():
+    burst, after, lasting = WORLD.sample(150, shift=1.0), WORLD.sample(250), WORLD.sample(250, shift=1.0)
+    early = window(BASELINE, burst)
+    for later, kind in ((after, Kind.NONE), (lasting, Kind.COVARIATE_HARMFUL)):
+        fresh = window(BASELINE, later, 150.0)
+        found = diagnose(BASELINE, merge([early, fresh]), ALARM, 2, HealSettings(), fresh=fresh)
+        assert found.kind is kind
+    assert diagnose(BASELINE, early, ALARM, 2, HealSettings()).kind is Kind.COVARIATE_HARMFUL
 
 
 def test_failing_requests_are_an_outage_or_one_replicas_fault():
