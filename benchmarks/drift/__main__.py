@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; before numpy is imported
 
-from benchmarks.drift import centre, delays, false_alarms, peers, probe_cost
+from benchmarks.drift import centre, delays, false_alarms, odd, peers, probe_cost
 from benchmarks.drift.features import Features, measure, print_losses
 
 ARL_INSTANCES = 1_000_000
@@ -38,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("delays", help="on real features")
     command.add_argument("--seeds", type=int, default=50)
     command.add_argument("--kind", nargs="*", default=list(delays.KINDS), choices=list(delays.KINDS))
+    command = commands.add_parser("odd", help="healthy traffic that is odd in one way")
+    command.add_argument("--seeds", type=int, default=4)
     command = commands.add_parser("centre", help="merging and testing many replicas, without Ray")
     command.add_argument("--replicas", type=int, default=1000)
     command.add_argument("--duration", type=int, default=60, help="seconds of reports")
@@ -66,6 +68,8 @@ def main() -> None:
         case "delays":
             for kind in args.kind:
                 delays.measure(path, kind, delays.KINDS[kind], args.arl, args.seeds, args.workers)
+        case "odd":
+            odd.measure(path, args.arl, args.seeds)
         case "peers":
             peers.measure(path, args.out, args.peer, args.seeds)
         case "centre":
