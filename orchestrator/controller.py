@@ -192,7 +192,8 @@ class Controller:
             growth=self._monitor.growth(alarm),
             labels_say_harm=self._label_alarm is not None,
             final=self.traffic_ended or window.count >= settings.buffer_instances or waited_s > LAST_WORD_S,
-            fresh=self._monitor.since((alarm.onset_s + window.last_s) / 2.0, alarm.digest, alarm.scope),
+            fresh=self._monitor.since(alarm.raised_s, alarm.digest, alarm.scope),
+            latest=self._monitor.since((alarm.onset_s + window.last_s) / 2.0, alarm.digest, alarm.scope),
         )
 
     def _buffered(self, state: State) -> int:

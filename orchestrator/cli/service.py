@@ -32,7 +32,7 @@ from orchestrator.cli.console import (
 )
 from orchestrator.cli.records import episodes, named, when
 from orchestrator.cli.stored import stored_state
-from orchestrator.cli.view import drift_level
+from orchestrator.cli.view import NOT_TESTED, drift_level, is_tested
 from orchestrator.errors import ServiceError
 from orchestrator.messages import Mode
 
@@ -123,7 +123,7 @@ def _status(state: dict[str, Any]) -> Table:
     table.add_row("service", f"{named}  mode {state['mode']}{paused}")
     table.add_row("phase", str(state["phase"]))
     table.add_row("serves", f"generation {state['generation']}: {short(state['stable'])}")
-    table.add_row("drift", f"{drift_level(state):.2f} (an alarm at 1)")
+    table.add_row("drift", f"{drift_level(state):.2f} (an alarm at 1)" if is_tested(state) else NOT_TESTED)
     for row in state["replicas"]:
         alive = f"{row['age_s']:.1f} s ago" if row["live"] else "LOST"
         serves = f"generation {row['generation']} {short(row['digest'])}, {row['instances']} instances, {alive}"
@@ -146,7 +146,8 @@ def drift(url: Url = None, service: Service = None, storage: StorageUri = None, 
             figures = (f"{row['level']:.2f}", f"{row['statistic']:.3g}", f"{row['threshold']:.3g}")
             table.add_row(name, *figures, str(row["instances"]))
         out.print(table)
-        out.print(f"alarm: {found['alarm']['scope']}" if found["alarm"] else "no alarm")
+        said = "no alarm" if is_tested({"drift": found}) else NOT_TESTED
+        out.print(f"alarm: {found['alarm']['scope']}" if found["alarm"] else said)
     finish(NOT_FINE if found["alarm"] else FINE)
 
 

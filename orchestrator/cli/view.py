@@ -33,6 +33,15 @@ def sparkline(values: Sequence[float], top: float = 1.0, width: int = WIDTH) -> 
     return "".join(BARS[min(steps, max(0, round(v / top * steps)))] for v in list(values)[-width:])
 
 
+NOT_TESTED = "nothing is tested yet: no traffic since the start, or the model's baseline is still being measured"
+
+
+def is_tested(state: dict[str, Any]) -> bool:
+    """Whether any test has seen traffic: before that, no alarm says nothing."""
+    drift = state.get("drift") or {}
+    return bool(drift.get("scopes") or drift.get("alarm"))
+
+
 def drift_level(state: dict[str, Any]) -> float:
     """The highest test's log-scaled statistic, an alarm at 1; 1 while an alarm stands."""
     drift = state.get("drift") or {}

@@ -32,7 +32,7 @@ from orchestrator.drift.statistics import CHECKS, read
 from orchestrator.messages import Alarm, Diagnosis, Kind, Window
 from orchestrator.settings import HealSettings
 
-MIN_FRESH = 128  # instances of the later half
+MIN_FRESH = 128  # instances after the alarm, or of the later half
 MIN_UNKNOWN = 512  # instances from which what has no name is called unknown: more of them may show its name
 MIN_INSTANCES = 32  # valid ones, to tell one kind of drift from another
 PASSED_P = 0.005  # p-values of the later half all above this: what raised the alarm is over
@@ -53,6 +53,7 @@ def diagnose(
     labels_say_harm: bool = False,
     final: bool = True,
     fresh: Window | None = None,
+    latest: Window | None = None,
 ) -> Diagnosis | None:
     """Tell the kind of drift from the merged window since the onset.
 
@@ -65,9 +66,9 @@ def diagnose(
         growth: how many times its former share of the traffic the alarm's segment sends now; nan where unknown.
         labels_say_harm: true labels show more errors than the reference's.
         final: False while more instances can be waited for.
-        fresh: the later half of the window. The onset is an estimate, and a few whole images hide a break that is
-            exact, so breaks are looked for in this; and where it shows nothing any more, it has passed. Used as soon
-            as it holds MIN_FRESH instances.
+        fresh: what came after the alarm, of the same scope. The onset is an estimate, and a few whole images hide a
+            break that is exact; so breaks are looked for in this as soon as it holds MIN_FRESH instances.
+        latest: the later half of the window, of the same scope: where it shows nothing any more, the shift has passed.
 
     Returns:
         Kind, a reason in one sentence with its inequality, and evidence as plain numbers and words. `none` when the
@@ -81,10 +82,8 @@ def diagnose(
     evidence = evidence_of(baseline, window)
     case = Case(baseline, summary, evidence, alarm, fleet_size, settings, growth, labels_say_harm)
     loss = estimate_loss(baseline, summary)
-    late = case
-    if fresh is not None and fresh.count >= MIN_FRESH:
-        late = replace(case, summary=read(baseline.layout, fresh), evidence=evidence_of(baseline, fresh))
-    finding = _find_passed(case, late)
+    late, end = _on(case, fresh), _on(case, latest)
+    finding = None if end is case else _find_passed(case, end)
     finding = finding or next(
         (found for rule in RULES if (found := rule(late if rule in BREAKS else case)) is not None), None
     )
@@ -123,13 +122,21 @@ def _evidence(case: Case, loss: LossEstimate) -> dict[str, Any]:
     return {"scope": case.alarm.scope, "returned": case.alarm.returned, **{k: float(v) for k, v in numbers.items()}}
 
 
-def _find_passed(case: Case, late: Case) -> Finding | None:
+def _on(case: Case, window: Window | None) -> Case:
+    """The case seen on a part of its window; the case itself where that part is small."""
+    if window is None or window.count < MIN_FRESH:
+        return case
+    baseline = case.baseline
+    return replace(case, summary=read(baseline.layout, window), evidence=evidence_of(baseline, window))
+
+
+def _find_passed(case: Case, end: Case) -> Finding | None:
     """What raised the alarm is over: the later half of what came since shows nothing. There is nothing to learn."""
-    num = late.summary.count
-    if late is case or num < MIN_LATER_SHARE * case.summary.count or case.labels_say_harm:
+    num = end.summary.count
+    if num < MIN_LATER_SHARE * case.summary.count or case.labels_say_harm:
         return None
-    classes = classes_p(late.baseline, late.evidence.classes_K, DISPERSION)
-    p = min(late.shift_p, classes, checks_p(late.baseline, late.evidence))
+    classes = classes_p(end.baseline, end.evidence.classes_K, DISPERSION)
+    p = min(end.shift_p, classes, checks_p(end.baseline, end.evidence))
     if p <= PASSED_P:
         return None
     return Finding(Kind.NONE, f"it has passed: no shift in the latest {num} instances: p {p:.3f} > {PASSED_P}", {})

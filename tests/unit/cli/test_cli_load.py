@@ -8,7 +8,7 @@ from rich.console import Console
 from orchestrator.cli.client import Client, Reply
 from orchestrator.cli.inputs import accuracy
 from orchestrator.cli.load import Load, Sent, Stream
-from orchestrator.cli.view import View, drift_level, recent_accuracy, sparkline
+from orchestrator.cli.view import View, drift_level, is_tested, recent_accuracy, sparkline
 from orchestrator.datasets import Dataset
 from orchestrator.errors import ServiceError
 
@@ -85,6 +85,14 @@ def test_drift_level_is_the_highest_scope_and_1_while_an_alarm_stands() -> None:
     assert drift_level({"drift": {"alarm": None, "scopes": scopes}}) == 0.6
     assert drift_level({"drift": {"alarm": {"scope": "global"}, "scopes": scopes}}) == 1.0
     assert drift_level({}) == 0.0
+
+
+def test_silence_before_any_test_has_seen_traffic_is_not_called_no_alarm() -> None:
+    scopes = {"global": {"level": 0.0, "statistic": 0.0, "threshold": 1e6, "instances": 32}}
+    assert not is_tested({})
+    assert not is_tested({"drift": {"alarm": None, "scopes": {}}})
+    assert is_tested({"drift": {"alarm": None, "scopes": scopes}})
+    assert is_tested({"drift": {"alarm": {"scope": "global"}, "scopes": {}}})
 
 
 @pytest.mark.parametrize("terminal", [True, False])

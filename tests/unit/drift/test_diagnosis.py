@@ -132,8 +132,8 @@ def test_a_shift_that_is_over_is_none_and_one_that_lasts_is_not():
     burst, after, lasting = WORLD.sample(150, shift=1.0), WORLD.sample(250), WORLD.sample(250, shift=1.0)
     early = window(BASELINE, burst)
     for later, kind in ((after, Kind.NONE), (lasting, Kind.COVARIATE_HARMFUL)):
-        fresh = window(BASELINE, later, 150.0)
-        found = diagnose(BASELINE, merge([early, fresh]), ALARM, 2, HealSettings(), fresh=fresh)
+        latest = window(BASELINE, later, 150.0)
+        found = diagnose(BASELINE, merge([early, latest]), ALARM, 2, HealSettings(), latest=latest)
         assert found.kind is kind
     assert diagnose(BASELINE, early, ALARM, 2, HealSettings()).kind is Kind.COVARIATE_HARMFUL
 
