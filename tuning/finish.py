@@ -14,7 +14,7 @@ from torch import nn
 
 from orchestrator.datasets import Dataset
 from orchestrator.drift.baseline import Sample, fit_baseline, save_baseline
-from orchestrator.drift.estimate import reference_share
+from orchestrator.drift.estimate import split_mixture
 from orchestrator.drift.statistics import fourier_features
 from orchestrator.errors import DataError, HealError
 from orchestrator.keys import ServiceKeys
@@ -27,7 +27,6 @@ from tuning.base_model import collect_sample
 from tuning.objective import statistics_layers
 from tuning.records import plain
 from tuning.scoring import (
-    calibrate,
     class_shares,
     corrected_posteriors,
     estimate_accuracy,
@@ -35,7 +34,7 @@ from tuning.scoring import (
     total_variation,
 )
 from tuning.trainable import Exported
-from tuning.workbench import Workbench, load_workbench
+from tuning.workbench import Workbench, load_workbench, visible
 
 MIN_GATE_ROWS = 8
 SEEN_SHARE, LOST_SHARE = 0.02, 0.10  # a class seen for 2% under the reference is lost below a tenth of its share
@@ -168,10 +167,8 @@ def _estimates(
         rows = np.arange(len(posteriors))
         base, candidate = (posteriors[rows, x.argmax(axis=1)].mean() for x in (base_NK, candidate_NK))
         return float(base), float(candidate)
-    held = bench.calibration
-    assert held.labels is not None
-    base_t = calibrate(bench.module, [], held.inputs, held.labels, bench.device)
-    candidate_t = calibrate(twin, statistics_layers(twin, saved), held.inputs, held.labels, bench.device)
+    base_t = bench.temperature(bench.module, [])
+    candidate_t = bench.temperature(twin, statistics_layers(twin, saved))
     return estimate_accuracy(base_NK, base_t), estimate_accuracy(candidate_NK, candidate_t)
 
 
@@ -184,14 +181,7 @@ def _reference_share(bench: Workbench, manifest: dict[str, Any], reference: Samp
         return 1.0
     others = np.concatenate([bench.parts["choose"].inputs, bench.parts["train"].inputs])[: 3 * len(gate.logits_NK)]
     traffic = _sample(bench, bench.module, others, None)
-    return reference_share(_visible(reference), np.concatenate([_visible(gate), _visible(traffic)]))
-
-
-def _visible(sample: Sample) -> np.ndarray:
-    """Embedding beside the input's channel means and deviations: (N, D + 2C)."""
-    means_NC, squares_NC = sample.channel_means_NC, sample.channel_squares_NC
-    spread_NC = np.sqrt(np.maximum(squares_NC - means_NC**2, 0.0))
-    return np.asarray(np.nan_to_num(np.concatenate([sample.embedding_ND, means_NC, spread_NC], axis=1)))
+    return split_mixture(visible(reference), np.concatenate([visible(gate), visible(traffic)])).share
 
 
 def _shift(bench: Workbench, sample: Sample) -> float:

@@ -2,10 +2,11 @@
 
 Pure torch over a module, batches and labels; knows nothing of trials, storage or Ray.
 
-Without labels the loss is information maximisation: be certain of each instance, and diverse over the batch (Liang et
-al. 2020, SHOT). A few labels add cross-entropy on those rows; all labels replace the rest. Replay adds cross-entropy on
-the reference, in a forward pass of its own: in training a normalisation layer sees the statistics of one world at a
-time, and the running statistics are recomputed from traffic alone after every epoch.
+The main term is cross-entropy on labelled reference rows that were given the traffic's look (`restyle`): their labels
+are true. Traffic without labels adds information maximisation: be certain of each instance, and diverse over the batch
+(Liang et al. 2020, SHOT). Labelled traffic adds cross-entropy; where all of it is labelled, that replaces information
+maximisation. Reference rows pass in a batch of their own, and the running statistics are recomputed from traffic alone
+after every epoch.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from tuning.base_model import batches
 from tuning.targets import has_statistics
 
 MOSTLY_LABELLED = 0.9  # of the training rows; from here on the unlabelled terms only add noise
-INFOMAX, SEMI_SUPERVISED, SUPERVISED, NO_TRAINING = "infomax", "semi_supervised", "supervised", "none"
+INFOMAX, RESTYLED, SEMI_SUPERVISED, SUPERVISED = "infomax", "restyled", "semi_supervised", "supervised"
+NO_TRAINING = "none"
+INFORMATION_BESIDE = 0.3  # weight of information maximisation where labelled reference rows lead
 _TINY = 1e-9
 
 
-def choose_objective(num_labelled: int, num_rows: int) -> str:
-    """`infomax`, `semi_supervised` or `supervised`, by how many of the training rows have a label."""
+def choose_objective(num_labelled: int, num_rows: int, replay_weight: float) -> str:
+    """`infomax`, `restyled`, `semi_supervised` or `supervised`, by labelled training rows and weight of the replay."""
     if num_labelled == 0:
-        return INFOMAX
+        return RESTYLED if replay_weight else INFOMAX
     return SUPERVISED if num_labelled >= MOSTLY_LABELLED * num_rows else SEMI_SUPERVISED
 
 
@@ -44,13 +47,16 @@ def information_loss(logits_NK: torch.Tensor) -> torch.Tensor:
     return (mean_K * mean_K.clamp_min(_TINY).log()).sum() - (p_NK * log_NK).sum(dim=1).mean()
 
 
-def traffic_loss(objective: str, logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+def traffic_loss(
+    objective: str, logits_NK: torch.Tensor, labels_N: torch.Tensor, information_weight: float = 1.0
+) -> torch.Tensor:
     """Loss of one batch of traffic.
 
     Args:
         objective: see `choose_objective`.
         logits_NK: (N, K).
         labels_N: int64 (N,), -1 where unknown.
+        information_weight: of the term that needs no labels.
     """
     known_N = labels_N >= 0
     supervised = (
@@ -58,7 +64,7 @@ def traffic_loss(objective: str, logits_NK: torch.Tensor, labels_N: torch.Tensor
     )
     if objective == SUPERVISED:
         return supervised
-    return information_loss(logits_NK) + supervised
+    return information_weight * information_loss(logits_NK) + supervised
 
 
 def replay_loss(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

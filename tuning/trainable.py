@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,7 +22,9 @@ from orchestrator.errors import AdapterError
 from orchestrator.messages import Placement, TrialConfig, TrialResult
 from orchestrator.storage import Storage
 from tuning.adapter import attach
+from tuning.base_model import computes_bfloat16
 from tuning.objective import (
+    INFORMATION_BESIDE,
     NO_TRAINING,
     SUPERVISED,
     choose_objective,
@@ -34,7 +37,7 @@ from tuning.objective import (
 from tuning.workbench import Workbench
 
 BATCH = 64
-REPLAY_BATCH = 32
+WARMUP = 0.1  # share of the steps in which the learning rate rises; it falls as a cosine in the others
 MIN_BATCH = 8  # smaller last batches are dropped: their statistics are noise
 MAX_GRADIENT = 1.0  # norm, per step
 Exported = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -68,7 +71,9 @@ class TrialRun:
         self._layers = statistics_layers(self.handle.module, self.handle.targets.saved)
         train = bench.parts["train"]
         trained = config.epochs > 0 and self.handle.num_parameters > 0
-        self.objective = choose_objective(train.num_labelled, len(train)) if trained else NO_TRAINING
+        self.objective = (
+            choose_objective(train.num_labelled, len(train), config.replay_weight) if trained else NO_TRAINING
+        )
         self._optimizer = torch.optim.AdamW(self.handle.parameters(), config.learning_rate) if trained else None
         self._best: dict[str, float] = {"score": float("-inf")}
         self._best_export: Exported = self.handle.export()
@@ -103,24 +108,34 @@ class TrialRun:
         return {**self._best, "epoch": self.epoch, "seconds": self.seconds, "done": self.done}
 
     def _train_epoch(self, optimizer: torch.optim.Optimizer) -> None:
-        module, device = self.handle.module, self.bench.device
+        module, device, train = self.handle.module, self.bench.device, self.bench.parts["train"]
         use_batch_statistics(module, self._layers)
-        for rows in self._batches():
+        batches = list(self._batches())
+        weight = self.config.replay_weight
+        for number, rows in enumerate(batches):
             if time.time() >= self.deadline_s:
                 break
-            train = self.bench.parts["train"]
+            self._set_rate(optimizer, (self.epoch + number / len(batches)) / self.config.epochs)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = module(torch.from_numpy(train.inputs[rows]).to(device))
-                loss = traffic_loss(self.objective, logits, torch.from_numpy(train.labels[rows]).to(device))
-                if self.config.replay_weight and len(self.bench.replay.inputs):
-                    loss = loss + self.config.replay_weight * self._replay()
+            with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
+                inputs = self.bench.views.draw(train.inputs[rows], self._rng)
+                logits = module(torch.from_numpy(np.ascontiguousarray(inputs)).to(device))
+                labels = torch.from_numpy(train.labels[rows]).to(device)
+                loss = traffic_loss(self.objective, logits, labels, INFORMATION_BESIDE if weight else 1.0)
+                if weight and len(self.bench.replay.inputs):
+                    loss = loss + weight * self._replay()
             if not torch.isfinite(loss):
                 raise AdapterError(f"trial {self.trial_id}: the loss is not finite; use a smaller learning rate")
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.handle.parameters(), MAX_GRADIENT)
             optimizer.step()
         module.eval()
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """`progress` 0..1 through all epochs; the rate depends on nothing else, so a resumed trial goes on with it."""
+        falling = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - WARMUP) / (1 - WARMUP)))
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * max(min(progress / WARMUP, falling), 0.01)
 
     def _batches(self) -> Iterator[np.ndarray]:
         """Row numbers of the train part, shuffled; few labels are spread so that every batch has some."""
@@ -135,11 +150,12 @@ class TrialRun:
                 yield np.concatenate([rows, self._rng.choice(known, extra, replace=False)]) if extra else rows
 
     def _replay(self) -> torch.Tensor:
-        """Cross-entropy on reference rows in a pass of their own: one batch statistic never mixes two worlds."""
+        """Cross-entropy on labelled reference rows as the traffic would show them, in a pass of their own."""
         replay, device = self.bench.replay, self.bench.device
-        rows = self._rng.integers(0, len(replay.inputs), REPLAY_BATCH)
+        rows = self._rng.integers(0, len(replay.inputs), BATCH)
         assert replay.labels is not None
-        logits = self.handle.module(torch.from_numpy(replay.inputs[rows]).to(device))
+        inputs = self.bench.views.draw(self.bench.in_the_mix(replay.inputs[rows], self._rng), self._rng)
+        logits = self.handle.module(torch.from_numpy(np.ascontiguousarray(inputs)).to(device))
         return replay_loss(logits, torch.from_numpy(replay.labels[rows]).to(device))
 
     def result(self, status: str = "finished", error: str = "") -> TrialResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ import torch
 from torch import nn
 
 from orchestrator.datasets import Dataset, read_dataset, row_hashes, split_reference
-from orchestrator.drift.baseline import Baseline
+from orchestrator.drift.baseline import Baseline, Sample
+from orchestrator.drift.estimate import split_mixture
 from orchestrator.errors import DataError
 from orchestrator.messages import Kind, SearchRequest, TrialConfig
 from orchestrator.models import fetch_model, load_published_spec
 from orchestrator.storage import Storage
-from tuning.base_model import FeatureTap, build_module, feature_tap, resolve_device
+from tuning.augment import Views, find_views
+from tuning.base_model import FeatureTap, build_module, collect_sample, feature_tap, resolve_device
 from tuning.buffer import Buffer, collect
 from tuning.candidates import search_space
 from tuning.prepare import prepare_base
+from tuning.restyle import Look, fit_look
 from tuning.scoring import (
     calibrate,
     corrected_posteriors,
@@ -35,6 +39,7 @@ from tuning.scoring import (
 )
 
 CALIBRATION_ROWS = 384  # of the reference's fit part; at most a fifth of it. Standard error of an accuracy: 2 points
+MIN_DRIFTED = 64  # a look is fitted on no fewer rows; on all of them where fewer stand out
 MIN_TRAFFIC = 32  # fewer instances than this in any part: nothing can be learned or judged
 
 _cache: dict[tuple[str, str, str], Workbench] = {}
@@ -64,6 +69,54 @@ class Workbench:
     def layout(self) -> str:
         """The spec's input layout."""
         return self.spec.layout or "HWC"
+
+    @cached_property
+    def look(self) -> tuple[Look, float]:
+        """The look of the traffic that drifted, and the share 0..1 of the traffic that did not."""
+        train = self.parts["train"].inputs
+        old, new = (
+            visible(collect_sample(self.module, self.tap, rows, self.device, layout=self.layout))
+            for rows in (self.replay.inputs, train)
+        )
+        try:
+            mixture = split_mixture(old, new)
+        except ValueError:  # too few rows to tell
+            return fit_look(self.replay.inputs, train, self.layout), 0.0
+        drifted = train[mixture.drifted_N]
+        enough = len(drifted) >= MIN_DRIFTED
+        return fit_look(self.replay.inputs, drifted if enough else train, self.layout), mixture.share
+
+    @cached_property
+    def views(self) -> Views:
+        """Views of an image under which the base answers as well as before."""
+        labels = _labels(self.calibration)
+        return find_views(
+            self.calibration.inputs,
+            self.layout,
+            lambda rows: float((predict(self.module, rows, self.device).argmax(axis=1) == labels).mean()),
+        )
+
+    def in_the_mix(self, inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Reference rows as the traffic would show them: some as they are, by its share, the rest with its look."""
+        look, share = self.look
+        changed = rng.random(len(inputs)) >= share
+        mixed = inputs.copy()
+        if changed.any():
+            mixed[changed] = look.apply(inputs[changed], rng)
+        return mixed
+
+    @cached_property
+    def _calibration_rows(self) -> np.ndarray:
+        return self.in_the_mix(self.calibration.inputs, np.random.default_rng(self.request.seed))
+
+    def temperature(self, module: nn.Module, layers: list[nn.Module]) -> float:
+        """Of a model on labelled rows with the traffic's look that no trial trains on.
+
+        Args:
+            module: eval mode, on the device.
+            layers: its normalisation layers that an adapter set to traffic.
+        """
+        return calibrate(module, layers, self._calibration_rows, _labels(self.calibration), self.device)
 
     def configurations(self) -> list[TrialConfig]:
         """The search space for this model."""
@@ -100,8 +153,7 @@ class Workbench:
             temperature = float(self.baseline.temperature)
             score = prior_shift_score(logits, self._correction()[1], choose.labels)
         else:
-            held = self.calibration
-            temperature = calibrate(module, layers, held.inputs, _labels(held), self.device)
+            temperature = self.temperature(module, layers)
             score = covariate_score(logits, temperature, choose.labels, self.baseline.reference_class_shares_K)
         accuracy = float(right.mean()) if len(right) else float("nan")
         return {"score": float(score), "labelled_accuracy": accuracy, "temperature": temperature}
@@ -169,6 +221,13 @@ def _load(storage: Storage, request: SearchRequest) -> Workbench:
         reference_gate=_labelled(reference["gate"]),
         baseline=prepare_base(storage, request.base, request.trial_device),
     )
+
+
+def visible(sample: Sample) -> np.ndarray:
+    """Embedding beside the input's channel means and deviations: (N, D + 2C)."""
+    means_NC, squares_NC = sample.channel_means_NC, sample.channel_squares_NC
+    spread_NC = np.sqrt(np.maximum(squares_NC - means_NC**2, 0.0))
+    return np.asarray(np.nan_to_num(np.concatenate([sample.embedding_ND, means_NC, spread_NC], axis=1)))
 
 
 def _labels(dataset: Dataset) -> np.ndarray:

@@ -21,7 +21,7 @@ EM_ITERATIONS = 200
 MIN_MASS = 0.10  # smallest share of the reference that a density ratio is read from ...
 MIN_ROWS = 20  # ... and its smallest number of rows
 SHARE_SIGMAS = 2.5  # standard errors added to each density ratio before the smallest is taken
-MAX_SHARE_ROWS = 2000  # rows of either sample used by `reference_share`
+MAX_SHARE_ROWS = 2000  # rows of either sample that the classifier learns from
 MAX_SHARE_DIMENSIONS = 64
 RIDGE = 1.0  # L2 penalty per coefficient of the standardised logistic regression
 NUM_FOLDS = 5
@@ -147,8 +147,16 @@ def priors_from_shares(confusion_KK: Array, predicted_shares_K: Array) -> Array:
     return np.asarray(new_K)
 
 
-def reference_share(reference_ND: Array, traffic_ND: Array) -> float:
-    """Share of traffic that still looks like the reference: a mixture proportion.
+@dataclass(frozen=True)
+class Mixture:
+    """Traffic as a mixture of what looks like the reference and what does not."""
+
+    share: float  # that looks like the reference, 0..1
+    drifted_N: Array  # bool, by row of the traffic: the rest, those that look least like it
+
+
+def split_mixture(reference_ND: Array, traffic_ND: Array) -> Mixture:
+    """How much of the traffic still looks like the reference, and which rows do not: a mixture proportion.
 
     traffic = a reference + (1 - a) other bounds a <= P(score > t | traffic) / P(score > t | reference) at every t. A
     cross-fitted logistic regression on principal components and their squares gives the score; a is the smallest
@@ -160,7 +168,7 @@ def reference_share(reference_ND: Array, traffic_ND: Array) -> float:
         traffic_ND: features of the traffic through the same model, N >= 20.
 
     Returns:
-        0..1; near 1 for samples of one distribution, near 0 for separable ones.
+        A share near 1 for samples of one distribution, near 0 for separable ones; as many rows as it leaves.
 
     Raises:
         ValueError: too few rows, or widths differ; the message gives both.
@@ -169,22 +177,22 @@ def reference_share(reference_ND: Array, traffic_ND: Array) -> float:
     """
     if min(len(reference_ND), len(traffic_ND)) < MIN_ROWS or reference_ND.shape[1] != traffic_ND.shape[1]:
         got = (reference_ND.shape, traffic_ND.shape)
-        raise ValueError(f"reference_share needs >= {MIN_ROWS} rows and equal widths; got {got[0]} and {got[1]}")
+        raise ValueError(f"split_mixture needs >= {MIN_ROWS} rows and equal widths; got {got[0]} and {got[1]}")
     rng = np.random.default_rng(_SEED)
-    parts = [_thin(np.asarray(part, dtype=np.float64), rng) for part in (reference_ND, traffic_ND)]
-    x_NE = _expand(np.concatenate(parts), len(parts[0]))
-    is_traffic_N = np.repeat([0.0, 1.0], [len(parts[0]), len(parts[1])])
+    kept_N, asked_N = (rng.permutation(len(part))[:MAX_SHARE_ROWS] for part in (reference_ND, traffic_ND))
+    rows_ND = np.concatenate([reference_ND[kept_N], traffic_ND]).astype(np.float64)
+    x_NE = _expand(rows_ND, len(kept_N))
+    is_traffic_N = np.repeat([0.0, 1.0], [len(kept_N), len(traffic_ND)])
+    used_N = np.concatenate([np.arange(len(kept_N)), len(kept_N) + asked_N])
     fold_N = rng.integers(0, NUM_FOLDS, size=len(x_NE))
     score_N = np.zeros(len(x_NE))  # of looking like traffic
     for fold in range(NUM_FOLDS):
+        trains_N = used_N[fold_N[used_N] != fold]
         held_N = fold_N == fold
-        weights_E = _fit_logistic(x_NE[~held_N], is_traffic_N[~held_N])
-        score_N[held_N] = x_NE[held_N] @ weights_E
-    return _smallest_ratio(score_N[is_traffic_N == 0], score_N[is_traffic_N == 1])
-
-
-def _thin(rows_ND: Array, rng: np.random.Generator) -> Array:
-    return rows_ND[rng.permutation(len(rows_ND))[:MAX_SHARE_ROWS]]
+        score_N[held_N] = x_NE[held_N] @ _fit_logistic(x_NE[trains_N], is_traffic_N[trains_N])
+    traffic_N = score_N[len(kept_N) :]
+    share = _smallest_ratio(score_N[: len(kept_N)], traffic_N[asked_N])
+    return Mixture(share, traffic_N > np.quantile(traffic_N, share))
 
 
 def _expand(rows_ND: Array, num_reference: int) -> Array:

@@ -12,7 +12,7 @@ from orchestrator.drift.estimate import (
     estimate_accuracies,
     estimate_loss,
     priors_from_shares,
-    reference_share,
+    split_mixture,
 )
 from orchestrator.drift.sample import rows_of
 from orchestrator.drift.statistics import probabilities, read
@@ -73,15 +73,15 @@ def test_reference_share_is_the_part_of_traffic_that_looks_like_the_reference(sh
     reference_ND = WORLD.sample(1500).embedding_ND
     old_ND = WORLD.sample(int(800 * share)).embedding_ND
     new_ND = WORLD.sample(800 - len(old_ND)).embedding_ND + 4.0
-    assert low <= reference_share(reference_ND, np.concatenate([old_ND, new_ND])) <= high
+    assert low <= split_mixture(reference_ND, np.concatenate([old_ND, new_ND])).share <= high
 
 
 def test_reference_share_refuses_too_few_rows_and_other_widths():
     with pytest.raises(ValueError, match=">= 20 rows"):
-        reference_share(np.zeros((30, 3)), np.zeros((19, 3)))
+        split_mixture(np.zeros((30, 3)), np.zeros((19, 3)))
     with pytest.raises(ValueError, match="equal widths"):
-        reference_share(np.zeros((30, 3)), np.zeros((30, 4)))
+        split_mixture(np.zeros((30, 3)), np.zeros((30, 4)))
 
 
 def test_reference_share_accepts_constant_features():
-    assert reference_share(np.ones((30, 3)), np.ones((30, 3))) == pytest.approx(1.0)
+    assert split_mixture(np.ones((30, 3)), np.ones((30, 3))).share == pytest.approx(1.0)

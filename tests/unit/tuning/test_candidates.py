@@ -20,9 +20,9 @@ def test_statistics_come_first_and_every_placement_once_before_any_twice(make_re
     found = search_space(make_request(num_trials=6), Net())
     assert [c.placement for c in found[:4]] == [
         Placement.NORM_STATISTICS,
-        Placement.NORM,
-        Placement.EARLY,
         Placement.ALL,
+        Placement.EARLY,
+        Placement.NORM,
     ]
     assert len(found) == len(set(found)) == 6
     assert all(c.adapter_rank > 0 for c in found if c.placement in (Placement.EARLY, Placement.ALL))

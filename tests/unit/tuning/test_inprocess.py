@@ -28,7 +28,7 @@ def test_a_search_registers_a_winner_with_its_baseline(searched, world):
     status = runner.status(request.episode)
     assert status.state == "finished", status.message
     assert list(status.trials) == seen
-    assert [t.config.placement for t in seen] == [Placement.NORM_STATISTICS, Placement.NORM]
+    assert [t.config.placement for t in seen] == [Placement.NORM_STATISTICS, Placement.ALL]
     assert status.buffered == 600
     config, _, manifest = load_adapter(world[0], status.winner)
     assert config["peft_type"] == "LORA"

@@ -38,14 +38,15 @@ def test_recomputed_statistics_heal_much_and_beat_the_base_in_score(bench, drift
     assert result.score > bench.score(bench.module, [])["score"] + 0.02
 
 
+@pytest.mark.parametrize("replay_weight", [0.0, 1.0])
 @pytest.mark.parametrize("placement", [Placement.NORM, Placement.EARLY, Placement.ALL])
-def test_training_without_labels_leaves_the_base_bit_identical(bench, drifted, placement):
+def test_training_without_labels_leaves_the_base_bit_identical(bench, drifted, placement, replay_weight):
     before = {k: v.clone() for k, v in bench.module.state_dict().items()}
-    trial = run(bench, placement, replay_weight=0.5)
+    trial = run(bench, placement, replay_weight=replay_weight)
     twin = merged_twin(bench.module, *trial.export())
     assert accuracy(twin, drifted) > accuracy(bench.module, drifted) + 0.1
     assert all(torch.equal(before[k], v) for k, v in bench.module.state_dict().items())
-    assert trial.result().objective == "infomax"
+    assert trial.result().objective == ("restyled" if replay_weight else "infomax")
     assert trial.result().parameters > 0
 
 

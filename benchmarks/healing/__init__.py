@@ -1,0 +1,1 @@
+"""How much accuracy healing brings back, beside other methods. See `__main__`."""
