@@ -25,6 +25,7 @@ from orchestrator.storage import Storage
 SHARES = {"train": 0.70, "choose": 0.15, "gate": 0.15}  # of the buffer, by content hash
 SPARE_ROWS = 1.25  # read this many times the rows wanted, to make up for duplicates
 CLASS_CAP = 2.0  # a predicted class takes at most this many times its even share while others can fill the buffer
+FEW_LABELS = 64  # up to this many teach nothing: they choose and judge, which takes fewer
 UNLABELLED = -1
 
 
@@ -56,14 +57,17 @@ class Buffer:
         return Buffer(self.inputs[rows], self.labels[rows], self.ids[rows])
 
     def split(self) -> dict[str, Buffer]:
-        """Parts `train`, `choose` and `gate`; equal contents always fall into the same part."""
-        parts, lower = {}, 0.0
+        """Parts `train`, `choose` and `gate`; equal contents always fall into the same part.
+
+        No label serves two ends. A few labels are of more use in choosing between trials than in training one, so rows
+        with labels then leave `train` for `choose`.
+        """
         places = row_hashes(self.inputs).astype(np.float64) / 2.0**64
-        for name, share in SHARES.items():
-            upper = lower + share if name != "gate" else 1.0 + 1e-9
-            parts[name] = self.take((places >= lower) & (places < upper))
-            lower = upper
-        return parts
+        bounds = np.cumsum(list(SHARES.values()))[:-1]
+        part = np.searchsorted(bounds, places, side="right")
+        if self.num_labelled <= FEW_LABELS:
+            part[(part == 0) & (self.labels != UNLABELLED)] = 1
+        return {name: self.take(part == number) for number, name in enumerate(SHARES)}
 
 
 def collect(storage: Storage, request: SearchRequest) -> Buffer:

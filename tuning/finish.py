@@ -130,6 +130,7 @@ def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
     base_traffic = _sample(bench, bench.module, gate.inputs, None)
     base_reference = _sample(bench, bench.module, reference.inputs, None)
     traffic = _sample(bench, twin, gate.inputs, None)
+    mix = _sample(bench, twin, bench.calibration_mix, None)
     reference_logits = _sample(bench, twin, reference.inputs, None).logits_NK
     saved = config.get("modules_to_save") or []
     estimates = _estimates(bench, twin, saved, base_traffic.logits_NK, traffic.logits_NK)
@@ -141,8 +142,8 @@ def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
         reference_base=_accuracy(base_reference.logits_NK, reference),
         reference_candidate=_accuracy(reference_logits, reference),
         reference_share=_reference_share(bench, manifest, base_reference, base_traffic),
-        shift_base=_shift(bench, base_traffic),
-        shift_candidate=_shift(bench, traffic),
+        shift_base=_shift(bench, base_traffic, base_reference),
+        shift_candidate=_shift(bench, traffic, mix),
         marginal_max=float(shares.max()),
         marginal_distance=total_variation(shares, known),
         classes_lost=int(((known >= SEEN_SHARE) & (shares < LOST_SHARE * known)).sum()),
@@ -184,12 +185,16 @@ def _reference_share(bench: Workbench, manifest: dict[str, Any], reference: Samp
     return split_mixture(visible(reference), np.concatenate([visible(gate), visible(traffic)])).share
 
 
-def _shift(bench: Workbench, sample: Sample) -> float:
-    """Distance of mean features to the base's reference in the base's feature map, less its expectation by chance."""
-    features_NM = fourier_features(bench.baseline, sample.embedding_ND)
-    gap_M = features_NM.mean(axis=0) - bench.baseline.reference_mean_M
-    chance = features_NM.var(axis=0).sum() * (1 / len(features_NM) + 1 / bench.baseline.reference_count)
-    return float(np.sqrt(max(0.0, float(gap_M @ gap_M) - float(chance))))
+def _shift(bench: Workbench, traffic: Sample, reference: Sample) -> float:
+    """Distance of mean features between traffic and reference, less its expectation by chance.
+
+    For the base that is the drift. For a candidate the reference has the traffic's look: what is left is what neither
+    the look nor the adapter explains.
+    """
+    both = [fourier_features(bench.baseline, sample.embedding_ND) for sample in (traffic, reference)]
+    gap_M = both[0].mean(axis=0) - both[1].mean(axis=0)
+    chance = sum(float(features_NM.var(axis=0).sum()) / len(features_NM) for features_NM in both)
+    return float(np.sqrt(max(0.0, float(gap_M @ gap_M) - chance)))
 
 
 def _labelled(labels_N: np.ndarray, base_NK: np.ndarray, candidate_NK: np.ndarray) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Labelled reference rows given the look of the traffic: what a label-free trial can learn from with true labels.
 
-Most drifts of the world change how inputs look, not what they show. Two steps carry the look over, each fitted on sums
-over many rows, so that no traffic row is ever copied. Images first get the traffic's spectrum: in each ring of spatial
-frequencies a filter, where the traffic's power follows the reference's (blur, contrast), and noise of the traffic's own
-colours, where it does not (grain, fog). Then each channel or column gets the traffic's histogram by a monotone map.
+Most drifts of the world change how inputs look, not what they show. An image gets the traffic's look in three steps,
+each fitted on sums over many rows, so that no traffic row is ever copied: pixels change places with near ones (frosted
+glass), the spectrum is filtered and noise of the traffic's own colours added (blur, contrast, grain, fog), and each
+channel gets the traffic's histogram by a monotone map. Which steps a drift needs is not known: `fit_looks` fits several
+looks, and `workbench` keeps the one whose rows the base model takes most for traffic. A table's columns get a new
+offset and gain each: a freer map would explain any drift of a table, also those that no adapter can heal.
 
-What keeps neither spectrum nor histogram (pixels moved about, text over the image) is carried over in part or not at
-all; a trial that learned from the wrong look must still beat the others on the traffic itself.
-
-Called by `workbench`; knows no models. Source of the idea that amplitudes carry the look and phases the content:
-Yang & Soatto 2020, FDA: Fourier domain adaptation.
+Knows no models. That amplitudes carry the look and phases the content: Yang & Soatto 2020, FDA.
 """
 
 from __future__ import annotations
@@ -19,11 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+# Looks to fit: reach of the change of places in pixels, and the share of the power that mean and spread of a ring's
+# power call noise which is taken for noise.
+VARIANTS = ((0, 0.0), (0, 0.5), (0, 1.0), (1, 0.0), (1, 0.5), (2, 0.0))
 NUM_RINGS = 12  # of spatial frequencies, holding equally many coefficients; the mean of an image is one more
 NUM_QUANTILES = 257
 MAX_MEAN_GAIN = 2.0  # of the spread of images' means: few rows make that ratio uncertain
-MAX_FIT_VALUES = 1 << 24  # input values used to fit a look; all of 5,000 images of 32 x 32, fewer of larger ones
-MIN_SIDE = 8  # smaller images are treated as tables: their rings would hold one coefficient each
+MAX_FIT_VALUES = 3 << 20  # input values that a look is fitted on: 1,024 images of 32 x 32, 64 of 128 x 128
+MIN_SIDE = 8  # smaller images only get the histogram: their rings would hold one coefficient each
 _TINY = 1e-9
 
 
@@ -32,59 +33,76 @@ class Spectrum:
     """What turns the reference's spectrum into the traffic's.
 
     Attributes:
-        gain_R: filter per ring, float32; ring 0 is the mean of an image.
+        gain_CHW: filter per channel and coefficient, float32 (C, H, W // 2 + 1).
         noise_RCC: colouring L of the added noise per ring, L L^T its covariance over channels.
         from_C, to_C: channel means of reference and traffic.
     """
 
-    gain_R: torch.Tensor
+    gain_CHW: torch.Tensor
     noise_RCC: torch.Tensor
     from_C: torch.Tensor
     to_C: torch.Tensor
 
 
+@dataclass(frozen=True)
 class Look:
-    """The traffic's look, fitted once; `apply` gives it to reference rows. Make it with `fit_look`."""
+    """The traffic's look as seen from the reference. Make it with `fit_looks`.
 
-    def __init__(self, layout: str, spectrum: Spectrum | None, quantiles_from_QC: np.ndarray, to_QC: np.ndarray):
-        self._layout, self._spectrum = layout, spectrum
-        self._from_QC, self._to_QC = quantiles_from_QC, to_QC
+    Attributes:
+        layout: HWC, CHW or F.
+        reach: pixels by which a pixel may change its place.
+        spectrum: None where there is none to shape.
+        from_QC, to_QC: knots of the monotone map per channel; two knots are an offset and a gain.
+    """
+
+    layout: str
+    reach: int
+    spectrum: Spectrum | None
+    from_QC: np.ndarray
+    to_QC: np.ndarray
 
     def apply(self, inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Reference rows with the traffic's look.
 
         Args:
             inputs: (N, *shape) of the layout it was fitted on, any number type.
-            rng: draws the noise.
+            rng: draws places and noise.
 
         Returns:
             Same shape and type; integers are rounded and clipped to their type's range. NaN stays NaN.
         """
-        rows_NSC = _channels_last(inputs, self._layout)
-        if self._spectrum is not None:
-            rows_NSC = _shape(rows_NSC, self._spectrum, rng)
-        mapped = np.empty(rows_NSC.shape, np.float32)
-        for c in range(rows_NSC.shape[-1]):
-            mapped[..., c] = np.interp(rows_NSC[..., c], self._from_QC[:, c], self._to_QC[:, c])
-        return _typed(_back(mapped, self._layout, inputs.shape), inputs.dtype)
+        rows = _channels_last(inputs, self.layout)
+        if self.layout == "F":
+            gain_C = (self.to_QC[1] - self.to_QC[0]) / (self.from_QC[1] - self.from_QC[0])
+            mapped = self.to_QC[0] + (rows - self.from_QC[0]) * gain_C
+        else:
+            rows = _shape(_displaced(rows, self.reach, rng), self.spectrum, rng)
+            mapped = np.empty_like(rows)
+            for c in range(rows.shape[-1]):
+                mapped[..., c] = np.interp(rows[..., c], self.from_QC[:, c], self.to_QC[:, c])
+        return _typed(_back(mapped, self.layout, inputs.shape), inputs.dtype)
 
 
-def fit_look(reference: np.ndarray, traffic: np.ndarray, layout: str) -> Look:
-    """Fits the look of `traffic` as seen from `reference`.
+def fit_looks(reference: np.ndarray, traffic: np.ndarray, layout: str) -> list[Look]:
+    """Looks that may explain `traffic` as seen from `reference`; one for tables.
 
     Args:
         reference: (N, *shape), N >= 2.
         traffic: (M, *shape), M >= 2, of the rows that drifted.
-        layout: HWC, CHW, or F (each column has a histogram of its own).
+        layout: HWC, CHW, or F.
     """
     limit = max(2, MAX_FIT_VALUES // max(1, int(np.prod(reference.shape[1:]))))
     old, new = (_channels_last(part[:limit], layout) for part in (reference, traffic))
-    spectrum = None
-    to_QC = _quantiles(new)
-    if old.ndim == 4 and min(old.shape[1:3]) >= MIN_SIDE:
-        spectrum = _fit_spectrum(old, new)
-        old = _shape(old, spectrum, np.random.default_rng(0))
-    return Look(layout, spectrum, _strictly_rising(_quantiles(old)), to_QC)
+    if layout == "F":
+        return [Look("F", 0, None, _moments(old), _moments(new))]
+    large = old.ndim == 4 and min(old.shape[1:3]) >= MIN_SIDE
+    looks, to_QC = [], _quantiles(new)
+    for reach, noise_share in VARIANTS if large else ((0, 0.0),):
+        moved = _displaced(old, reach, np.random.default_rng(0))
+        spectrum = _fit_spectrum(moved, new, noise_share) if large else None
+        shaped = _shape(moved, spectrum, np.random.default_rng(0))
+        looks.append(Look(layout, reach, spectrum, _strictly_rising(_quantiles(shaped)), to_QC))
+    return looks
 
 
 def _channels_last(inputs: np.ndarray, layout: str) -> np.ndarray:
@@ -102,22 +120,44 @@ def _typed(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if not np.issubdtype(dtype, np.integer):
         return rows.astype(dtype)
     limits = np.iinfo(dtype)
-    return np.clip(np.rint(rows), limits.min, limits.max).astype(dtype)
+    return np.asarray(np.clip(np.rint(rows), limits.min, limits.max).astype(dtype))
+
+
+def _moments(rows_NC: np.ndarray) -> np.ndarray:
+    """Mean, and mean plus standard deviation (1 for a constant column), NaN left out: float64 (2, C)."""
+    known = np.isfinite(rows_NC)
+    mean_C = np.mean(rows_NC, axis=0, where=known, dtype=np.float64) if known.any() else np.zeros(rows_NC.shape[1])
+    mean_C = np.nan_to_num(mean_C)
+    variance_C = np.where(known, (np.where(known, rows_NC, 0.0) - mean_C) ** 2, 0.0).sum(0) / np.maximum(
+        known.sum(0), 1
+    )
+    return np.stack([mean_C, mean_C + np.where(variance_C > 0, np.sqrt(variance_C), 1.0)])
 
 
 def _quantiles(rows: np.ndarray) -> np.ndarray:
-    """float64 (Q, C) over all rows and positions, NaN left out; a column of NaN alone maps to itself as 0."""
+    """float64 (Q, C) over all rows and positions, NaN left out; 0 for a channel of NaN alone."""
     flat = rows.reshape(-1, rows.shape[-1])
-    flat = flat[:: max(1, len(flat) // 500_000)]
+    flat = flat[:: max(1, len(flat) // 200_000)]
     levels = np.linspace(0.0, 1.0, NUM_QUANTILES)
     kept = [column[np.isfinite(column)] for column in flat.T]
     return np.stack([np.quantile(k, levels) if len(k) else np.zeros(NUM_QUANTILES) for k in kept], axis=1)
 
 
 def _strictly_rising(knots_QC: np.ndarray) -> np.ndarray:
-    """Ties are parted by a hair: `interp` needs rising knots; a constant column maps to the traffic's median."""
+    """Ties are parted by a hair: `interp` needs rising knots; a constant channel maps to the traffic's median."""
     scale_C = np.maximum(np.abs(knots_QC).max(axis=0), 1.0)
-    return np.asarray(knots_QC + np.linspace(-1e-6, 1e-6, NUM_QUANTILES)[:, None] * scale_C)
+    return np.asarray(knots_QC + np.linspace(-1e-6, 1e-6, len(knots_QC))[:, None] * scale_C)
+
+
+def _displaced(rows_NHWC: np.ndarray, reach: int, rng: np.random.Generator) -> np.ndarray:
+    """Every pixel takes the value of one at most `reach` away in each direction."""
+    if reach == 0:
+        return rows_NHWC
+    num, height, width = rows_NHWC.shape[:3]
+    move_2NHW = rng.integers(-reach, reach + 1, (2, num, height, width))
+    y_NHW = np.clip(np.arange(height)[:, None] + move_2NHW[0], 0, height - 1)
+    x_NHW = np.clip(np.arange(width) + move_2NHW[1], 0, width - 1)
+    return np.asarray(rows_NHWC[np.arange(num)[:, None, None], y_NHW, x_NHW])
 
 
 def _rings(height: int, width: int) -> torch.Tensor:
@@ -129,46 +169,55 @@ def _rings(height: int, width: int) -> torch.Tensor:
 
 def _transform(rows_NHWC: np.ndarray, mean_C: torch.Tensor) -> torch.Tensor:
     x = torch.from_numpy(np.nan_to_num(rows_NHWC)) - mean_C
-    return torch.fft.rfft2(x.permute(0, 3, 1, 2), norm="ortho")
+    spectra: torch.Tensor = torch.fft.rfft2(x.permute(0, 3, 1, 2), norm="ortho")
+    return spectra
 
 
-def _power(spectra_NCHW: torch.Tensor, rings: torch.Tensor, ring: int) -> torch.Tensor:
+def _ring_power(spectra_NCHW: torch.Tensor, rings: torch.Tensor, ring: int) -> torch.Tensor:
     """Covariance over channels of each row's coefficients in a ring, float32 (N, C, C)."""
     inside = spectra_NCHW[:, :, rings == ring]
-    return (inside @ inside.conj().transpose(1, 2)).real / inside.shape[2]
+    covariance: torch.Tensor = (inside @ inside.conj().transpose(1, 2)).real / inside.shape[2]
+    return covariance
 
 
-def _fit_spectrum(old: np.ndarray, new: np.ndarray) -> Spectrum:
-    """Filter and noise per ring from mean and spread, over rows, of the ring's power.
+def _fit_spectrum(old: np.ndarray, new: np.ndarray, noise_share: float) -> Spectrum:
+    """Noise per ring from mean and spread, over rows, of its power; the filter is what the noise leaves.
 
-    A filter scales both by its square, noise of a constant power adds to the mean alone. So the spread gives the gain,
-    and what the mean has beyond it is noise.
+    A filter scales mean and spread by its square, noise of a constant power adds to the mean alone.
     """
     rings = _rings(*old.shape[1:3])
     means = [torch.from_numpy(np.nan_to_num(part).mean((0, 1, 2))) for part in (old, new)]
     before, after = (_transform(part, mean) for part, mean in zip((old, new), means, strict=True))
-    gains, noises = [], []
+    covariances = []
     for ring in range(NUM_RINGS + 1):
-        old_NCC, new_NCC = _power(before, rings, ring), _power(after, rings, ring)
+        old_NCC, new_NCC = (_ring_power(spectra, rings, ring) for spectra in (before, after))
         old_N, new_N = (p.diagonal(dim1=1, dim2=2).sum(1) for p in (old_NCC, new_NCC))
         ratio = min(float(new_N.std() / (old_N.std() + _TINY)), float(new_N.mean() / (old_N.mean() + _TINY)))
         ratio = min(ratio, MAX_MEAN_GAIN**2) if ring == 0 else ratio
         values_C, vectors_CC = torch.linalg.eigh(new_NCC.mean(0) - ratio * old_NCC.mean(0))
-        gains.append(ratio**0.5)
-        noises.append(vectors_CC * values_C.clamp_min(0).sqrt())
-    return Spectrum(torch.tensor(gains), torch.stack(noises), *means)
+        color_CC = vectors_CC * (noise_share * values_C.clamp_min(0)).sqrt()
+        covariances.append((color_CC, color_CC.square().sum(1)))
+    noise_CHW = torch.stack([power_C for _, power_C in covariances])[rings].permute(2, 0, 1)
+    old_CHW, new_CHW = (spectra.abs().square().mean(0) for spectra in (before, after))
+    gain_CHW = ((new_CHW - noise_CHW).clamp_min(0) / (old_CHW + _TINY)).sqrt()
+    gain_CHW[:, 0, 0].clamp_(max=MAX_MEAN_GAIN)
+    return Spectrum(gain_CHW, torch.stack([color_CC for color_CC, _ in covariances]), *means)
 
 
-def _shape(rows_NHWC: np.ndarray, spectrum: Spectrum, rng: np.random.Generator, batch: int = 512) -> np.ndarray:
+def _shape(rows_NHWC: np.ndarray, spectrum: Spectrum | None, rng: np.random.Generator, batch: int = 512) -> np.ndarray:
     """Rows filtered and with noise, float32 (N, H, W, C)."""
-    rings = _rings(*rows_NHWC.shape[1:3])
-    gain_HW, color_HWCC = spectrum.gain_R[rings], spectrum.noise_RCC[rings].to(torch.complex64)
+    if spectrum is None:
+        return rows_NHWC
+    size = rows_NHWC.shape[1:3]
+    rings, noisy = _rings(*size), bool(spectrum.noise_RCC.any())
     shaped = np.empty(rows_NHWC.shape, np.float32)
     for start in range(0, len(rows_NHWC), batch):
         part = rows_NHWC[start : start + batch]
-        white = torch.from_numpy(rng.standard_normal((len(part), part.shape[3], *part.shape[1:3]), np.float32))
-        noise = torch.einsum("hwcd,ndhw->nchw", color_HWCC, torch.fft.rfft2(white, norm="ortho"))
-        spectra = _transform(part, spectrum.from_C) * gain_HW + noise
-        image = torch.fft.irfft2(spectra, s=part.shape[1:3], norm="ortho")
+        spectra = _transform(part, spectrum.from_C) * spectrum.gain_CHW
+        if noisy:
+            white = torch.from_numpy(rng.standard_normal((len(part), part.shape[3], *size), np.float32))
+            color_HWCC = spectrum.noise_RCC[rings].to(torch.complex64)
+            spectra += torch.einsum("hwcd,ndhw->nchw", color_HWCC, torch.fft.rfft2(white, norm="ortho"))
+        image = torch.fft.irfft2(spectra, s=size, norm="ortho")
         shaped[start : start + batch] = (image.permute(0, 2, 3, 1) + spectrum.to_C).numpy()
     return shaped

@@ -38,6 +38,7 @@ from tuning.workbench import Workbench
 
 BATCH = 64
 WARMUP = 0.1  # share of the steps in which the learning rate rises; it falls as a cosine in the others
+TABLE_ROUNDS = 8  # passes over a table that count as one epoch: its rows cost next to nothing
 MIN_BATCH = 8  # smaller last batches are dropped: their statistics are noise
 MAX_GRADIENT = 1.0  # norm, per step
 Exported = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -141,7 +142,9 @@ class TrialRun:
         """Row numbers of the train part, shuffled; few labels are spread so that every batch has some."""
         train = self.bench.parts["train"]
         known = np.flatnonzero(train.labels >= 0)
-        order = self._rng.permutation(known if self.objective == SUPERVISED else len(train))
+        rounds = TABLE_ROUNDS if self.bench.layout == "F" else 1
+        chosen = known if self.objective == SUPERVISED else np.arange(len(train))
+        order = np.concatenate([self._rng.permutation(chosen) for _ in range(rounds)])
         size = min(BATCH, len(order))
         extra = min(BATCH // 4, len(known)) if self.objective != SUPERVISED else 0
         for start in range(0, len(order), max(size, 1)):

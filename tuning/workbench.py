@@ -18,7 +18,9 @@ from torch import nn
 
 from orchestrator.datasets import Dataset, read_dataset, row_hashes, split_reference
 from orchestrator.drift.baseline import Baseline, Sample
-from orchestrator.drift.estimate import split_mixture
+from orchestrator.drift.estimate import MIN_ROWS, split_mixture
+from orchestrator.drift.sample import rows_of
+from orchestrator.drift.statistics import fourier_features
 from orchestrator.errors import DataError
 from orchestrator.messages import Kind, SearchRequest, TrialConfig
 from orchestrator.models import fetch_model, load_published_spec
@@ -28,7 +30,7 @@ from tuning.base_model import FeatureTap, build_module, collect_sample, feature_
 from tuning.buffer import Buffer, collect
 from tuning.candidates import search_space
 from tuning.prepare import prepare_base
-from tuning.restyle import Look, fit_look
+from tuning.restyle import Look, fit_looks
 from tuning.scoring import (
     calibrate,
     corrected_posteriors,
@@ -39,6 +41,8 @@ from tuning.scoring import (
 )
 
 CALIBRATION_ROWS = 384  # of the reference's fit part; at most a fifth of it. Standard error of an accuracy: 2 points
+LOOK_ROWS = 512  # of either side, to tell which traffic drifted: a pass of the model on each
+FIDELITY_ROWS = 256  # reference rows that each look is tried on
 MIN_DRIFTED = 64  # a look is fitted on no fewer rows; on all of them where fewer stand out
 MIN_TRAFFIC = 32  # fewer instances than this in any part: nothing can be learned or judged
 
@@ -73,18 +77,31 @@ class Workbench:
     @cached_property
     def look(self) -> tuple[Look, float]:
         """The look of the traffic that drifted, and the share 0..1 of the traffic that did not."""
-        train = self.parts["train"].inputs
-        old, new = (
-            visible(collect_sample(self.module, self.tap, rows, self.device, layout=self.layout))
-            for rows in (self.replay.inputs, train)
-        )
-        try:
-            mixture = split_mixture(old, new)
-        except ValueError:  # too few rows to tell
-            return fit_look(self.replay.inputs, train, self.layout), 0.0
-        drifted = train[mixture.drifted_N]
-        enough = len(drifted) >= MIN_DRIFTED
-        return fit_look(self.replay.inputs, drifted if enough else train, self.layout), mixture.share
+        old, new = self.replay.inputs[:LOOK_ROWS], self.parts["train"].inputs[:LOOK_ROWS]
+        seen_old, seen_new = self._see(old), self._see(new)
+        share = 0.0
+        if min(len(old), len(new)) >= MIN_ROWS:
+            mixture = split_mixture(visible(seen_old), visible(seen_new))
+            if mixture.drifted_N.sum() >= MIN_DRIFTED:
+                share, new = mixture.share, new[mixture.drifted_N]
+                seen_new = rows_of(seen_new, mixture.drifted_N)
+        looks = fit_looks(old, new, self.layout)
+        if len(looks) == 1:
+            return looks[0], share
+        goal_M = self._mean_features(seen_new)
+        rng = np.random.default_rng(self.request.seed)
+        gaps = [
+            np.square(self._mean_features(self._see(look.apply(old[:FIDELITY_ROWS], rng))) - goal_M).sum()
+            for look in looks
+        ]
+        return looks[int(np.argmin(gaps))], share
+
+    def _see(self, inputs: np.ndarray) -> Sample:
+        """What the base makes of inputs."""
+        return collect_sample(self.module, self.tap, inputs, self.device, layout=self.layout)
+
+    def _mean_features(self, sample: Sample) -> np.ndarray:
+        return np.asarray(fourier_features(self.baseline, sample.embedding_ND).mean(axis=0))
 
     @cached_property
     def views(self) -> Views:
@@ -106,7 +123,8 @@ class Workbench:
         return mixed
 
     @cached_property
-    def _calibration_rows(self) -> np.ndarray:
+    def calibration_mix(self) -> np.ndarray:
+        """The calibration rows as the traffic would show them."""
         return self.in_the_mix(self.calibration.inputs, np.random.default_rng(self.request.seed))
 
     def temperature(self, module: nn.Module, layers: list[nn.Module]) -> float:
@@ -116,7 +134,7 @@ class Workbench:
             module: eval mode, on the device.
             layers: its normalisation layers that an adapter set to traffic.
         """
-        return calibrate(module, layers, self._calibration_rows, _labels(self.calibration), self.device)
+        return calibrate(module, layers, self.calibration_mix, _labels(self.calibration), self.device)
 
     def configurations(self) -> list[TrialConfig]:
         """The search space for this model."""

@@ -1,8 +1,8 @@
 """How much of the lost accuracy a search brings back: `python -m benchmarks.healing [--labels none] [--stream iid]`.
 
-Every scene is one drift set of the shared data in one order, with some labels and a seed. Prints per scene what
-each trial truly gains, what was chosen and whether the gate let it pass; then the recovered share, sum of what came back
-over sum of what was lost. Outcomes are kept as JSON under out/healing.
+Every scene is one drift set of the shared data in one order, with some labels and a seed. Prints per scene what each
+trial truly gains, what was chosen and whether the gate let it pass; then the recovered share: the sum of what came back
+over the sum of what was lost. Outcomes are kept as JSON under out/healing.
 """
 
 from __future__ import annotations

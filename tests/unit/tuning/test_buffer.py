@@ -121,3 +121,14 @@ def test_the_split_depends_on_contents_alone():
     assert sum(len(p) for p in whole.values()) == 2000
     assert len(whole["train"]) == pytest.approx(1400, abs=80)
     assert len(whole["gate"]) == pytest.approx(300, abs=60)
+
+
+def test_few_labels_choose_and_judge_and_do_not_train():
+    inputs = np.arange(400, dtype=np.int64)[:, None]
+    labels = np.where(np.arange(400) % 20 == 0, 1, -1)
+    parts = Buffer(inputs, labels, np.arange(400).astype(str)).split()
+    assert parts["train"].num_labelled == 0
+    assert parts["choose"].num_labelled + parts["gate"].num_labelled == 20
+    assert sum(len(part) for part in parts.values()) == 400
+    many = Buffer(inputs, np.ones(400, np.int64), np.arange(400).astype(str)).split()
+    assert many["train"].num_labelled == len(many["train"]) > 200

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tuning.restyle import fit_look
+from tuning.restyle import VARIANTS, fit_looks
 
 
 def images(num, seed, contrast=1.0):
@@ -36,14 +36,23 @@ def blurred(rows):
 REFERENCE, OTHER = images(400, 1), images(400, 2)
 
 
+def fit_look(reference, traffic, layout, variant=(0, 0.0)):
+    return fit_looks(reference, traffic, layout)[VARIANTS.index(variant)]
+
+
 @pytest.mark.parametrize(
-    "change",
-    [noisy, blurred, lambda rows: (rows * 0.3 + 20).astype(np.uint8), lambda rows: rows // 2 + 120],
+    ("change", "variant"),
+    [
+        (noisy, (0, 1.0)),
+        (blurred, (0, 0.0)),
+        (lambda rows: (rows * 0.3 + 20).astype(np.uint8), (0, 0.0)),
+        (lambda rows: rows // 2 + 120, (0, 0.0)),
+    ],
     ids=["noise", "blur", "contrast", "brightness"],
 )
-def test_restyled_rows_have_the_traffics_sharpness_and_histogram(change):
+def test_restyled_rows_have_the_traffics_sharpness_and_histogram(change, variant):
     traffic, truth = change(OTHER), change(REFERENCE)
-    restyled = fit_look(REFERENCE, traffic, "HWC").apply(REFERENCE, np.random.default_rng(3))
+    restyled = fit_look(REFERENCE, traffic, "HWC", variant).apply(REFERENCE, np.random.default_rng(3))
     assert restyled.dtype == np.uint8
     assert restyled.shape == REFERENCE.shape
     assert fine_power(restyled) == pytest.approx(fine_power(truth), rel=0.25)
@@ -76,3 +85,27 @@ def test_a_constant_channel_and_one_that_was_constant_are_no_obstacle():
     flat = np.full_like(REFERENCE, 7)
     assert np.abs(fit_look(flat, OTHER, "HWC").apply(flat, np.random.default_rng(3)).astype(float).mean() - 128) < 30
     np.testing.assert_array_equal(fit_look(REFERENCE, flat, "HWC").apply(REFERENCE, np.random.default_rng(3)), flat)
+
+
+def test_a_look_that_moves_pixels_about_takes_the_sharpness_of_what_it_moved():
+    moved = fit_look(REFERENCE, blurred(OTHER), "HWC", (2, 0.0)).apply(REFERENCE, np.random.default_rng(3))
+    assert fine_power(moved) == pytest.approx(fine_power(blurred(REFERENCE)), rel=0.25)
+    same = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(moved[:50], blurred(REFERENCE), strict=False)]
+    assert 0.3 < np.median(same) < 0.95
+
+
+def test_a_column_gets_a_new_offset_and_gain_and_nan_stays_nan():
+    rng = np.random.default_rng(0)
+    rows, other = rng.exponential(2.0, (2, 4000, 3)).astype(np.float32)
+    rows[5, 1] = np.nan
+    look = fit_looks(rows, other * [1, -0.5, 3] + [0, 4, -7], "F")[0]
+    restyled = look.apply(rows, rng)
+    assert np.isnan(restyled[5, 1])
+    np.testing.assert_allclose(np.nanmean(restyled, 0), [2, 3, -1], atol=0.25)
+    np.testing.assert_allclose(np.nanstd(restyled, 0), [2, 1, 6], rtol=0.1)
+    assert np.corrcoef(restyled[:, 2], rows[:, 2])[0, 1] == pytest.approx(1.0)
+
+
+def test_a_constant_column_moves_with_the_traffics_mean():
+    rows, traffic = np.ones((50, 2), np.float32), np.tile(np.float32([1, 6]), (40, 1))
+    np.testing.assert_allclose(fit_looks(rows, traffic, "F")[0].apply(rows[:40], np.random.default_rng(0)), traffic)
