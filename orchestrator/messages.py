@@ -214,7 +214,7 @@ class TrialResult:
     config: TrialConfig
     status: str  # finished, stopped, failed
     score: float = float("nan")  # selection score, higher is better, never from eval data
-    objective: str = ""  # infomax, semi_supervised, supervised, none
+    objective: str = ""  # infomax, restyled, semi_supervised, supervised, recalled, none
     epochs: int = 0
     reference_accuracy: float = float("nan")
     labelled_accuracy: float = float("nan")  # on held-out labelled traffic, when there is any

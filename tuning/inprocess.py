@@ -13,8 +13,8 @@ from orchestrator.errors import HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialResult
 from orchestrator.storage import Storage
-from tuning.explain import unexplained
 from tuning.finish import measure, register_winner
+from tuning.outset import settle
 from tuning.records import encode, read_evidence, read_status, started_key, write_evidence, write_status
 from tuning.scoring import choose_winner
 from tuning.sequential import describe, run_trials
@@ -79,9 +79,9 @@ class InProcessRunner:
     def _search(self, request: SearchRequest) -> SearchStatus:
         start = time.monotonic()
         bench = load_workbench(self._storage, request)
-        reason = unexplained(bench)
-        if reason:
-            return SearchStatus("finished", message=reason, buffered=len(bench.buffer))
+        settled = settle(self._storage, bench, self._keys)
+        if settled is not None:
+            return settled
         base_score = bench.score(bench.module, [])["score"]
         cold_start_s = time.monotonic() - start
         deadline_s = time.time() + max(0.0, request.budget_s - cold_start_s)

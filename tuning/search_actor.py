@@ -20,8 +20,8 @@ from orchestrator.errors import HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialConfig, TrialResult
 from orchestrator.storage import open_storage
-from tuning.explain import unexplained
 from tuning.finish import measure, register_winner
+from tuning.outset import settle
 from tuning.progress import Progress
 from tuning.records import read_evidence, read_status, write_evidence, write_status
 from tuning.scoring import choose_winner
@@ -129,9 +129,9 @@ class SearchActor:
         # This process has no GPU, whatever the trials have.
         bench = load_workbench(self._storage, replace(request, trial_device="cpu"))
         progress.buffered = len(bench.buffer)
-        reason = unexplained(bench)
-        if reason:
-            return SearchStatus("finished", message=reason, buffered=progress.buffered)
+        settled = settle(self._storage, bench, self._keys)
+        if settled is not None:
+            return settled
         configs = progress.missing(bench.configurations())
         resources = self._spare(len(configs))
         inline: dict[str, Exported | None] = {}

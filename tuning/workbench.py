@@ -127,14 +127,16 @@ class Workbench:
         """The calibration rows as the traffic would show them."""
         return self.in_the_mix(self.calibration.inputs, np.random.default_rng(self.request.seed))
 
-    def temperature(self, module: nn.Module, layers: list[nn.Module]) -> float:
-        """Of a model on labelled rows with the traffic's look that no trial trains on.
+    def temperature(self, module: nn.Module, layers: list[nn.Module], as_it_is: bool = False) -> float:
+        """Of a model on labelled rows that no trial trains on.
 
         Args:
             module: eval mode, on the device.
             layers: its normalisation layers that an adapter set to traffic.
+            as_it_is: True: rows of the reference without the traffic's look, which takes time to find.
         """
-        return calibrate(module, layers, self.calibration_mix, _labels(self.calibration), self.device)
+        rows = self.calibration.inputs if as_it_is else self.calibration_mix
+        return calibrate(module, layers, rows, _labels(self.calibration), self.device)
 
     def configurations(self) -> list[TrialConfig]:
         """The search space for this model."""
@@ -153,12 +155,13 @@ class Workbench:
             self._prior_shift = offset_K, corrected_posteriors(choose, temperature, old_K, new_K)
         return self._prior_shift
 
-    def score(self, module: nn.Module, layers: list[nn.Module]) -> dict[str, float]:
+    def score(self, module: nn.Module, layers: list[nn.Module], as_it_is: bool = False) -> dict[str, float]:
         """Selection score of a model on the choose rows, with the figures beside it.
 
         Args:
             module: eval mode, on the device.
             layers: its normalisation layers that an adapter set to traffic; none for the base.
+            as_it_is: see `temperature`; scores compare only with scores of the same kind.
 
         Returns:
             `score`; `labelled_accuracy`, nan without labels; `temperature`.
@@ -171,7 +174,7 @@ class Workbench:
             temperature = float(self.baseline.temperature)
             score = prior_shift_score(logits, self._correction()[1], choose.labels)
         else:
-            temperature = self.temperature(module, layers)
+            temperature = self.temperature(module, layers, as_it_is)
             score = covariate_score(logits, temperature, choose.labels, self.baseline.reference_class_shares_K)
         accuracy = float(right.mean()) if len(right) else float("nan")
         return {"score": float(score), "labelled_accuracy": accuracy, "temperature": temperature}
