@@ -1,7 +1,7 @@
 """Trains the model and writes its data into a folder: `python make_data.py OUT`.
 
-Real handwritten digits of scikit-learn's, as in the demo. The drift: a lamp fails. The images get dark and flat, and the
-sensor's grain shows.
+Real handwritten digits of scikit-learn's, as in the demo. The drift: a lamp fails. The images get dark and flat, and
+the sensor's grain shows.
 """
 
 from __future__ import annotations
