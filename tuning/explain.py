@@ -9,11 +9,9 @@ fiction, and its label-free scores, which rest on the same fiction, would praise
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import epps_singleton_2samp, ks_2samp
 
 from orchestrator.errors import DataError
 from tuning.scoring import logit_offset, predict
-from tuning.separability import ceiling
 from tuning.workbench import Workbench
 
 MIN_P = 1e-4  # of the column that fits worst, times the number of columns
@@ -44,6 +42,8 @@ def unexplained(bench: Workbench) -> str:
 
 
 def _ceiling_words(bench: Workbench, old: np.ndarray, new: np.ndarray) -> str:
+    from tuning.separability import ceiling  # scikit-learn takes seconds to import
+
     labels = bench.replay.labels
     assert labels is not None
     if len(bench.spec.classes) != 2:
@@ -83,6 +83,8 @@ def _same(old: np.ndarray, new: np.ndarray) -> float:
     Epps & Singleton 1986 sees a changed shape far sooner than Kolmogorov-Smirnov (1e-11 and 5e-4 on the fraud example's
     published drift), but needs values that spread.
     """
+    from scipy.stats import epps_singleton_2samp, ks_2samp  # 1 s to import, and only tables need it
+
     if min(len(old), len(new)) < 8:
         return 1.0
     if min(np.ptp(np.quantile(part, [0.25, 0.75])) for part in (old, new)) > 0:

@@ -41,9 +41,9 @@ def cpu_cluster():
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world(tmp_path_factory, tiny_model):
-    """Storage with a published base and 700 drifted instances."""
+    """Storage with a published base and 700 drifted instances; its own for each test: no adapter is known yet."""
     storage = open_storage(str(tmp_path_factory.mktemp("storage")))
     base = publish_model(storage, load_spec(tiny_model))
     inputs, _ = tiny.make(700, seed=50, drift=True)
