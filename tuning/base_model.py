@@ -154,7 +154,7 @@ def _import_from(code: Path, name: str, path: str) -> ModuleType:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether training in bfloat16 pays: GPUs, and CPUs with instructions for it (1.7 times as fast, ResNet-18)."""
+    """Whether training in bfloat16 pays: GPUs, and CPUs with instructions for it."""
     if device.type == "cuda":
         return True
     known = torch.cpu.get_capabilities()

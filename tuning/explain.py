@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from orchestrator.errors import DataError
 from tuning.scoring import logit_offset, predict
-from tuning.workbench import Workbench
+from tuning.workbench import Workbench, known_labels
 
 MIN_P = 1e-4  # of the column that fits worst, times the number of columns
 
@@ -44,8 +43,7 @@ def unexplained(bench: Workbench) -> str:
 def _ceiling_words(bench: Workbench, old: np.ndarray, new: np.ndarray) -> str:
     from tuning.separability import ceiling  # scikit-learn takes seconds to import
 
-    labels = bench.replay.labels
-    assert labels is not None
+    labels = known_labels(bench.replay)
     if len(bench.spec.classes) != 2:
         return ""
     found = ceiling(old, labels, new)
@@ -61,9 +59,7 @@ def _ceiling_words(bench: Workbench, old: np.ndarray, new: np.ndarray) -> str:
 
 def _rows_by_new_shares(bench: Workbench) -> np.ndarray:
     """Reference rows drawn so that classes have the shares that EM finds in the traffic."""
-    labels = bench.replay.labels
-    if labels is None:
-        raise DataError("the reference must have labels; its label column is missing")
+    labels = known_labels(bench.replay)
     old_K = bench.baseline.confusion_KK.sum(axis=0)
     logits = predict(bench.module, bench.buffer.inputs, bench.device)
     _, new_K = logit_offset(logits, bench.baseline.temperature, old_K)
@@ -80,8 +76,7 @@ def _worst_fit(old: np.ndarray, new: np.ndarray) -> tuple[float, int]:
 def _same(old: np.ndarray, new: np.ndarray) -> float:
     """P-value that both are of one distribution.
 
-    Epps & Singleton 1986 sees a changed shape far sooner than Kolmogorov-Smirnov (1e-11 and 5e-4 on the fraud example's
-    published drift), but needs values that spread.
+    Epps & Singleton 1986 sees a changed shape sooner than Kolmogorov-Smirnov, but needs values that spread.
     """
     from scipy.stats import epps_singleton_2samp, ks_2samp  # 1 s to import, and only tables need it
 

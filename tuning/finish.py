@@ -15,7 +15,7 @@ from torch import nn
 from orchestrator.datasets import Dataset
 from orchestrator.drift.baseline import Sample, fit_baseline, save_baseline
 from orchestrator.drift.estimate import split_mixture
-from orchestrator.drift.statistics import fourier_features
+from orchestrator.drift.statistics import fourier_features, squared_gap
 from orchestrator.errors import DataError, HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, Kind, Placement, SearchRequest, TrialResult
@@ -191,10 +191,9 @@ def _shift(bench: Workbench, traffic: Sample, reference: Sample) -> float:
     For the base that is the drift. For a candidate the reference has the traffic's look: what is left is what neither
     the look nor the adapter explains.
     """
-    both = [fourier_features(bench.baseline, sample.embedding_ND) for sample in (traffic, reference)]
-    gap_M = both[0].mean(axis=0) - both[1].mean(axis=0)
-    chance = sum(float(features_NM.var(axis=0).sum()) / len(features_NM) for features_NM in both)
-    return float(np.sqrt(max(0.0, float(gap_M @ gap_M) - chance)))
+    seen_NM, known_NM = (fourier_features(bench.baseline, sample.embedding_ND) for sample in (traffic, reference))
+    variance = float(known_NM.var(axis=0).sum()) / len(known_NM)
+    return float(np.sqrt(squared_gap(seen_NM, known_NM.mean(axis=0), variance)))
 
 
 def _labelled(labels_N: np.ndarray, base_NK: np.ndarray, candidate_NK: np.ndarray) -> dict[str, Any]:

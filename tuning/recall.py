@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from orchestrator.drift.baseline import Baseline, load_baseline
-from orchestrator.drift.statistics import fourier_features
+from orchestrator.drift.baseline import load_baseline
+from orchestrator.drift.statistics import fourier_features, squared_gap
 from orchestrator.errors import HealError
 from orchestrator.messages import TrialResult
 from orchestrator.registry import list_adapters, load_adapter
@@ -55,7 +55,7 @@ def recall(storage: Storage, bench: Workbench, public_key: bytes | None) -> Reca
         return None
     inputs = bench.parts["train"].inputs[:ROWS]
     seen = collect_sample(bench.module, bench.tap, inputs, bench.device, layout=bench.layout)
-    drift = _distance(bench.baseline, seen.embedding_ND, bench.baseline.reference_mean_M)
+    drift = squared_gap(fourier_features(bench.baseline, seen.embedding_ND), bench.baseline.reference_mean_M)
     least = bench.score(bench.module, [], as_it_is=True)["score"] + WINNER_MARGIN
     found: list[Recalled] = []
     for manifest in manifests:
@@ -86,7 +86,7 @@ def _try(
         return None
     twin = merged_twin(bench.module, config, tensors)
     seen = collect_sample(twin, bench.tap, inputs, bench.device, layout=bench.layout)
-    if _distance(baseline, seen.embedding_ND, baseline.normal_mean_M) > SAME * drift:
+    if squared_gap(fourier_features(baseline, seen.embedding_ND), baseline.normal_mean_M) > SAME * drift:
         return None
     layers = statistics_layers(twin, config.get("modules_to_save") or [])
     figures = bench.score(twin, layers, as_it_is=True)
@@ -102,10 +102,3 @@ def _try(
         error="",
     )
     return Recalled(digest, result)
-
-
-def _distance(baseline: Baseline, embedding_ND: np.ndarray, mean_M: np.ndarray) -> float:
-    """Squared distance of mean features, less what chance gives."""
-    features_NM = fourier_features(baseline, embedding_ND)
-    gap_M = features_NM.mean(axis=0) - mean_M
-    return max(0.0, float(gap_M @ gap_M) - float(features_NM.var(axis=0).sum()) / len(features_NM))

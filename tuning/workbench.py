@@ -106,7 +106,7 @@ class Workbench:
     @cached_property
     def views(self) -> Views:
         """Views of an image under which the base answers as well as before."""
-        labels = _labels(self.calibration)
+        labels = known_labels(self.calibration)
         return find_views(
             self.calibration.inputs,
             self.layout,
@@ -136,7 +136,7 @@ class Workbench:
             as_it_is: True: rows of the reference without the traffic's look, which takes time to find.
         """
         rows = self.calibration.inputs if as_it_is else self.calibration_mix
-        return calibrate(module, layers, rows, _labels(self.calibration), self.device)
+        return calibrate(module, layers, rows, known_labels(self.calibration), self.device)
 
     def configurations(self) -> list[TrialConfig]:
         """The search space for this model."""
@@ -237,8 +237,8 @@ def _load(storage: Storage, request: SearchRequest) -> Workbench:
         buffer=buffer,
         parts=buffer.split(),
         reference=fit,
-        replay=Dataset(fit.inputs[rest], _labels(fit)[rest]),
-        calibration=Dataset(fit.inputs[held], _labels(fit)[held]),
+        replay=Dataset(fit.inputs[rest], known_labels(fit)[rest]),
+        calibration=Dataset(fit.inputs[held], known_labels(fit)[held]),
         reference_gate=_labelled(reference["gate"]),
         baseline=prepare_base(storage, request.base, request.trial_device),
     )
@@ -251,12 +251,13 @@ def visible(sample: Sample) -> np.ndarray:
     return np.asarray(np.nan_to_num(np.concatenate([sample.embedding_ND, means_NC, spread_NC], axis=1)))
 
 
-def _labels(dataset: Dataset) -> np.ndarray:
+def known_labels(dataset: Dataset) -> np.ndarray:
+    """Labels int64 (N,) of a part of the reference; DataError where there are none."""
     if dataset.labels is None:
         raise DataError("the reference must have labels; its label column is missing")
     return dataset.labels
 
 
 def _labelled(dataset: Dataset) -> Dataset:
-    known = _labels(dataset) >= 0
-    return Dataset(dataset.inputs[known], _labels(dataset)[known])
+    known = known_labels(dataset) >= 0
+    return Dataset(dataset.inputs[known], known_labels(dataset)[known])

@@ -115,6 +115,19 @@ def entropies(probabilities_NK: Array) -> Array:
     return np.asarray(-(probabilities_NK * np.log(np.maximum(probabilities_NK, 1e-30))).sum(axis=1))
 
 
+def squared_gap(features_NM: Array, mean_M: Array, mean_variance: float = 0.0) -> float:
+    """Squared distance of a sample's mean features to a mean, less its expectation by chance; at least 0.
+
+    Args:
+        features_NM: features of the sample, N >= 1.
+        mean_M: what they are compared with.
+        mean_variance: summed variance of `mean_M` itself; 0 where it is taken as exact.
+    """
+    gap_M = features_NM.mean(axis=0) - mean_M
+    chance = float(features_NM.var(axis=0).sum()) / len(features_NM) + mean_variance
+    return max(0.0, float(gap_M @ gap_M) - chance)
+
+
 def fourier_features(baseline: Baseline, embedding_ND: Array) -> Array:
     """Random Fourier features of the projected embedding.
 
