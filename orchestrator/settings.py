@@ -82,7 +82,7 @@ class HealSettings:
     buffer_wait_s: float = _setting(30.0, "seconds to wait for the buffer to fill before searching on what there is")
     search_budget_s: float = _setting(300.0, "seconds after which no further epoch is trained")
     num_trials: int = _setting(6, "trials of a search, the ones without training included")
-    trial_epochs: int = _setting(4, "epochs of a trial at most")
+    trial_epochs: int = _setting(8, "epochs of a trial at most")
     trial_device: str = _setting("auto", "auto: spare GPUs, CPU where the cluster has none; cpu; cuda")
     gate_timeout_s: float = _setting(300.0, "seconds a gate measurement may take")
     canary_instances: int = _setting(64, "instances the canary must serve before the rest follows")

@@ -3,7 +3,7 @@
 Pure torch over a module, batches and labels; knows nothing of trials, storage or Ray.
 
 The main term is cross-entropy on labelled reference rows that were given the traffic's look (`restyle`): their labels
-are true. Traffic without labels adds information maximisation: be certain of each instance, and diverse over the batch
+are true, and the base, which sees the same rows as they were, says more than a label. Traffic without labels adds information maximisation: be certain of each instance, and diverse over the batch
 (Liang et al. 2020, SHOT). Labelled traffic adds cross-entropy; where all of it is labelled, that replaces information
 maximisation. Reference rows pass in a batch of their own, and the running statistics are recomputed from traffic alone
 after every epoch.
@@ -67,9 +67,20 @@ def traffic_loss(
     return information_weight * information_loss(logits_NK) + supervised
 
 
-def replay_loss(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of a batch of the labelled reference, mean over its rows."""
-    return F.cross_entropy(logits_NK.float(), labels_N)
+def replay_loss(logits_NK: torch.Tensor, labels_N: torch.Tensor, taught_NK: torch.Tensor) -> torch.Tensor:
+    """Loss of a batch of the labelled reference in the traffic's look, mean over its rows.
+
+    Half of it is cross-entropy with the labels, half with what the base answers to the same rows as they were: that
+    tells of each row how alike the classes are (Hinton et al. 2015).
+
+    Args:
+        logits_NK: of the model in training, on the rows with the traffic's look.
+        labels_N: int64 (N,), all known.
+        taught_NK: logits of the base on the rows as they were.
+    """
+    logits_NK = logits_NK.float()
+    taught = F.cross_entropy(logits_NK, taught_NK.float().softmax(dim=1))
+    return 0.5 * F.cross_entropy(logits_NK, labels_N) + 0.5 * taught
 
 
 def statistics_layers(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:

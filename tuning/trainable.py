@@ -66,6 +66,7 @@ class TrialRun:
         self.deadline_s = deadline_s
         self.epoch = 0
         self.seconds = 0.0
+        self._epochs = max(1, config.epochs)
         self._rng = np.random.default_rng(config.seed)
         torch.manual_seed(config.seed)  # dropout, where a model has it
         self.handle = attach(copy.deepcopy(bench.module), config)
@@ -76,20 +77,23 @@ class TrialRun:
             choose_objective(train.num_labelled, len(train), config.replay_weight) if trained else NO_TRAINING
         )
         self._optimizer = torch.optim.AdamW(self.handle.parameters(), config.learning_rate) if trained else None
+        if trained:
+            _ = bench.look, bench.views  # found once per process; not to be taken for an epoch's time
         self._best: dict[str, float] = {"score": float("-inf")}
         self._best_export: Exported = self.handle.export()
 
     @property
     def done(self) -> bool:
         """True when no epoch is left, or no time."""
-        epochs = self.config.epochs if self._optimizer else 1
-        return self.epoch >= max(1, epochs) or time.time() >= self.deadline_s
+        return self.epoch >= (self._epochs if self._optimizer else 1) or time.time() >= self.deadline_s
 
     def step(self) -> dict[str, Any]:
         """One epoch (an untrained adapter has one, in which it is set), then the score.
 
+        A score costs passes over several parts, so it is taken at ASHA's rungs (1, 2, 4, ... epochs) and at the end.
+
         Returns:
-            `score` of the best epoch so far and the figures beside it, `epoch`, `seconds`, `done`.
+            `score` of the best epoch scored so far and the figures beside it, `epoch`, `seconds`, `done`.
         """
         start = time.monotonic()
         inputs = self.bench.parts["train"].inputs
@@ -99,14 +103,26 @@ class TrialRun:
                 self.handle.shift_bias(self.bench.logit_offset())
         if self._optimizer is not None:
             self._train_epoch(self._optimizer)
-            recompute_statistics(self.handle.module, self._layers, inputs, self.bench.device)
         self.epoch += 1
+        self._plan_for_the_deadline(self.seconds + time.monotonic() - start)
+        if self.done or self.epoch.bit_count() == 1:
+            self._keep_if_better(inputs)
+        self.seconds += time.monotonic() - start
+        return {**self._best, "epoch": self.epoch, "seconds": self.seconds, "done": self.done}
+
+    def _plan_for_the_deadline(self, seconds: float) -> None:
+        """Fewer epochs where not all fit: the learning rate must have fallen by the end, or the end is not the best."""
+        left = (self.deadline_s - time.time()) * self.epoch / max(seconds, 1e-3)
+        if self.epoch + left < self._epochs:
+            self._epochs = max(self.epoch, self.epoch + int(left))
+
+    def _keep_if_better(self, inputs: np.ndarray) -> None:
+        if self._optimizer is not None:
+            recompute_statistics(self.handle.module, self._layers, inputs, self.bench.device)
         figures = self.bench.score(self.handle.module, self._layers)
         if figures["score"] > self._best["score"]:
             self._best = {**figures, "reference_accuracy": self.bench.reference_accuracy(self.handle.module)}
             self._best_export = self.handle.export()
-        self.seconds += time.monotonic() - start
-        return {**self._best, "epoch": self.epoch, "seconds": self.seconds, "done": self.done}
 
     def _train_epoch(self, optimizer: torch.optim.Optimizer) -> None:
         module, device, train = self.handle.module, self.bench.device, self.bench.parts["train"]
@@ -116,7 +132,7 @@ class TrialRun:
         for number, rows in enumerate(batches):
             if time.time() >= self.deadline_s:
                 break
-            self._set_rate(optimizer, (self.epoch + number / len(batches)) / self.config.epochs)
+            self._set_rate(optimizer, (self.epoch + number / len(batches)) / self._epochs)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device)):
                 inputs = self.bench.views.draw(train.inputs[rows], self._rng)
@@ -133,7 +149,7 @@ class TrialRun:
         module.eval()
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        """`progress` 0..1 through all epochs; the rate depends on nothing else, so a resumed trial goes on with it."""
+        """`progress` 0..1 through the epochs; the rate depends on nothing else, so a resumed trial goes on with it."""
         falling = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - WARMUP) / (1 - WARMUP)))
         for group in optimizer.param_groups:
             group["lr"] = self.config.learning_rate * max(min(progress / WARMUP, falling), 0.01)
@@ -153,13 +169,16 @@ class TrialRun:
                 yield np.concatenate([rows, self._rng.choice(known, extra, replace=False)]) if extra else rows
 
     def _replay(self) -> torch.Tensor:
-        """Cross-entropy on labelled reference rows as the traffic would show them, in a pass of their own."""
+        """Loss on labelled reference rows as the traffic would show them, in a pass of their own."""
         replay, device = self.bench.replay, self.bench.device
         rows = self._rng.integers(0, len(replay.inputs), BATCH)
         assert replay.labels is not None
-        inputs = self.bench.views.draw(self.bench.in_the_mix(replay.inputs[rows], self._rng), self._rng)
+        known = self.bench.views.draw(replay.inputs[rows], self._rng)
+        with torch.no_grad():
+            taught = self.bench.module(torch.from_numpy(np.ascontiguousarray(known)).to(device))
+        inputs = self.bench.in_the_mix(known, self._rng)
         logits = self.handle.module(torch.from_numpy(np.ascontiguousarray(inputs)).to(device))
-        return replay_loss(logits, torch.from_numpy(replay.labels[rows]).to(device))
+        return replay_loss(logits, torch.from_numpy(replay.labels[rows]).to(device), taught)
 
     def result(self, status: str = "finished", error: str = "") -> TrialResult:
         """What the trial measured, at its best epoch."""

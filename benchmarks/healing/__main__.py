@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--labels", nargs="*", default=["none"], choices=LABELS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--trials", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of a search")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

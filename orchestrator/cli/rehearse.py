@@ -117,7 +117,7 @@ class Rehearsal:
     ) -> None:
         self._inputs, self._on_rows = inputs, on_rows
         self.storage = _fresh_storage(options.storage)
-        base = publish_model(self.storage, inputs.spec)
+        self.base = base = publish_model(self.storage, inputs.spec)
         folder = fetch_model(self.storage, base)
         spec = load_published_spec(folder)
         device = resolve_device("auto")
@@ -152,6 +152,11 @@ class Rehearsal:
         self._controller.traffic_ended = True
         self._let_end()
         return self._report(start_s)
+
+    def answers(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Classes (N,) that are answered now, and those of the base."""
+        predict = self._replica.predict
+        return predict(inputs), predict(inputs, BASE)
 
     def _let_end(self) -> None:
         place = 0

@@ -128,3 +128,19 @@ def test_information_loss_prefers_certain_and_diverse():
     unsure = torch.zeros(16, 4)
     assert information_loss(certain) < information_loss(unsure) - 1
     assert information_loss(certain) < information_loss(collapsed) - 1
+
+
+def test_a_trial_that_cannot_end_in_time_plans_fewer_epochs_and_scores_the_last(bench, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("tuning.trainable.time.time", lambda: now[0])
+    monkeypatch.setattr("tuning.trainable.time.monotonic", lambda: now[0])
+    trial = TrialRun(bench, TrialConfig(Placement.NORM, learning_rate=1e-3, epochs=50), "t1", deadline_s=1035.0)
+    train = trial._train_epoch
+    monkeypatch.setattr(trial, "_train_epoch", lambda o: (train(o), now.__setitem__(0, now[0] + 10.0)))
+    scored = []
+    score = bench.score
+    monkeypatch.setattr(bench, "score", lambda *a: (scored.append(trial.epoch), score(*a))[1])
+    while not trial.done:
+        trial.step()
+    assert trial.epoch == 3
+    assert scored == [1, 2, 3]

@@ -1,0 +1,1 @@
+"""Does healing ever make it worse? `python -m benchmarks.harm`."""
