@@ -3,10 +3,10 @@
 Pure torch over a module, batches and labels; knows nothing of trials, storage or Ray.
 
 The main term is cross-entropy on labelled reference rows that were given the traffic's look (`restyle`): their labels
-are true, and the base, which sees the same rows as they were, says more than a label. Traffic without labels adds information maximisation: be certain of each instance, and diverse over the batch
-(Liang et al. 2020, SHOT). Labelled traffic adds cross-entropy; where all of it is labelled, that replaces information
-maximisation. Reference rows pass in a batch of their own, and the running statistics are recomputed from traffic alone
-after every epoch.
+are true, and the base, which sees the same rows as they were, says more than a label. Traffic without labels adds
+information maximisation: be certain of each instance, and diverse over the batch (Liang et al. 2020, SHOT). Labelled
+traffic adds cross-entropy; where all of it is labelled, that replaces information maximisation. Reference rows pass in
+a batch of their own, and the running statistics are recomputed from traffic alone after every epoch.
 """
 
 from __future__ import annotations
