@@ -18,7 +18,7 @@ from orchestrator.errors import AdapterError
 from orchestrator.messages import Placement
 
 DUMMY_TARGET = "dummy-target-modules"  # PEFT's own word for an adapter that only saves whole modules
-OUT_PROJ_TIMES = 2.0  # PEFT 0.21.2 adds an attention's out-projection delta twice (its pull request 3774)
+OUT_PROJ_TIMES = 2.0  # PEFT 0.21.2 adds an attention's out-projection delta twice (decision 0007)
 
 
 @dataclass(frozen=True)
