@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 
 from orchestrator.errors import AdapterError
 from orchestrator.messages import TrialConfig
-from tuning.adapter_format import PREFIX, check_adapter, lora_delta, merged_twin
-from tuning.targets import Targets, peft_names, plan_targets
+from tuning.adapter_format import PEFT_VERSION, PREFIX, check_adapter, lora_delta, merged_twin
+from tuning.targets import Targets, lora_weights, peft_names, plan_targets
 
 __all__ = ["AdapterHandle", "LoraDelta", "attach", "check_adapter", "merged_twin", "plan_targets"]
 
@@ -29,7 +29,7 @@ class LoraDelta(nn.Module):
     Args:
         weight: (out, in) or (out, in, kh, kw).
         adapter_rank: inner dimension, >= 1.
-        scaling: lora_alpha / adapter_rank.
+        scaling: lora_alpha / adapter_rank, times how often PEFT adds the delta.
         generator: seeds A.
     """
 
@@ -75,9 +75,9 @@ class AdapterHandle:
         return sum(p.numel() for p in self.parameters())
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, delta in self._deltas.items():
-            yield f"{PREFIX}{name}.lora_A.weight", delta.lora_A.data
-            yield f"{PREFIX}{name}.lora_B.weight", delta.lora_B.data
+        for key, delta in self._deltas.items():
+            yield f"{PREFIX}{key}.lora_A.weight", delta.lora_A.data
+            yield f"{PREFIX}{key}.lora_B.weight", delta.lora_B.data
         for name in self.targets.saved:
             for key, value in self.module.get_submodule(name).state_dict().items():
                 yield f"{PREFIX}{name}.{key}", value
@@ -127,10 +127,11 @@ def attach(module: nn.Module, config: TrialConfig) -> AdapterHandle:
     names = peft_names(module, targets)  # before parametrisation adds modules of its own
     module.requires_grad_(False)
     deltas = {}
-    for name in targets.lora:
-        layer = module.get_submodule(name)
-        deltas[name] = LoraDelta(layer.get_parameter("weight"), config.adapter_rank, 1.0, generator)
-        parametrize.register_parametrization(layer, "weight", deltas[name])
+    for target in (w for name in targets.lora for w in lora_weights(name, module.get_submodule(name))):
+        path, _, attribute = target.path.rpartition(".")
+        weight = module.get_parameter(target.path)
+        deltas[target.key] = LoraDelta(weight, config.adapter_rank, target.times, generator)
+        parametrize.register_parametrization(module.get_submodule(path), attribute, deltas[target.key])
     for name in targets.trained:
         module.get_submodule(name).requires_grad_(True)
     return AdapterHandle(module, targets, deltas, _peft_config(names, targets, config.adapter_rank))
@@ -142,6 +143,7 @@ def _peft_config(names: list[str] | str, targets: Targets, adapter_rank: int) ->
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
+        "peft_version": PEFT_VERSION,  # whose reading of attention the tensors are written for
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

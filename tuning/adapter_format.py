@@ -1,7 +1,7 @@
 """Reads PEFT's on-disk adapters: checks one against a base, and merges it into a twin of the base.
 
-Called by replicas before a swap and by the gate. Supported: LoRA on Conv2d and Linear with rank and alpha patterns and
-rank-stabilised scaling, and modules saved whole. Everything else is refused by name, never ignored.
+Called by replicas before a swap and by the gate. Supported: LoRA on Conv2d, Linear and MultiheadAttention with rank and
+alpha patterns and rank-stabilised scaling, and modules saved whole. Everything else is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 from orchestrator.errors import AdapterError
-from tuning.targets import accepts_lora, matched_by_peft
+from tuning.targets import LoraWeight, accepts_lora, attention_around, lora_weights, matched_by_peft
 
 PREFIX = "base_model.model."
+PEFT_VERSION = "0.21.2"  # the last whose reading of attention is known, see `targets.OUT_PROJ_TIMES`
 _READ = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 _HARMLESS = (  # no effect on a trained LoRA's outputs
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -70,23 +72,48 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             raise AdapterError(f"adapter option {option}={value!r} is not supported; only plain LoRA is")
 
 
+def _refuse_later_peft(version: str, name: str) -> None:
+    """PEFT means to change how often attention's out-projection delta counts: its later files are not guessed at."""
+    wrote = [int(part) for part in re.findall(r"\d+", version.partition("@")[0])[:3]]
+    if wrote > [int(part) for part in PEFT_VERSION.split(".")]:
+        raise AdapterError(f"LoRA on attention ({name}) is read as PEFT <= {PEFT_VERSION} wrote it; got {version}")
+
+
+def _saved(module: nn.Module, config: dict[str, Any]) -> list[str]:
+    wanted = config.get("modules_to_save") or []
+    return [name for name, _ in module.named_modules() if name and any(name.endswith(w) for w in wanted)]
+
+
+def _targeted(module: nn.Module, config: dict[str, Any]) -> Iterator[tuple[str, LoraWeight]]:
+    """Target layers that the config names on this module, each with a weight of its that takes a delta."""
+    saved = _saved(module, config)
+    for name in matched_by_peft(module, config.get("target_modules"), config.get("modules_to_save") or []):
+        layer = module.get_submodule(name)
+        if around := attention_around(module, name):
+            raise AdapterError(f"LoRA on attention must name the attention, {around}; got {name}")
+        if not accepts_lora(layer):
+            kinds = "Linear, plain Conv2d and MultiheadAttention with q, k and v in one weight"
+            raise AdapterError(f"LoRA goes on {kinds}; {name} is {type(layer).__name__}")
+        if isinstance(layer, nn.MultiheadAttention):
+            _refuse_later_peft(config.get("peft_version") or "", name)
+            if inner := [s for s in saved if s.startswith(f"{name}.")]:
+                raise AdapterError(f"attention must take LoRA or have its parts saved whole, not both; got {inner[0]}")
+        for weight in lora_weights(name, layer):
+            yield name, weight
+
+
 def _expected(module: nn.Module, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensor keys and shapes that the config asks for on this module."""
-    wanted = config.get("modules_to_save") or []
     state = module.state_dict()
     expected: dict[str, tuple[int, ...]] = {}
-    for name, layer in module.named_modules():
-        if name and any(name.endswith(w) for w in wanted):
-            expected |= {f"{PREFIX}{name}.{k}": tuple(state[f"{name}.{k}"].shape) for k in layer.state_dict()}
-    for name in matched_by_peft(module, config.get("target_modules"), wanted):
-        layer = module.get_submodule(name)
-        if not accepts_lora(layer):
-            raise AdapterError(f"LoRA goes on Linear and plain Conv2d layers; {name} is {type(layer).__name__}")
-        weight = layer.get_parameter("weight")
+    for name in _saved(module, config):
+        keys = module.get_submodule(name).state_dict()
+        expected |= {f"{PREFIX}{name}.{k}": tuple(state[f"{name}.{k}"].shape) for k in keys}
+    for name, target in _targeted(module, config):
+        out, *rest = state[target.path].shape
         rank = _rank(config, name)
-        ones = (1,) * (weight.ndim - 2)
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (rank, *weight.shape[1:])
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (weight.shape[0], rank, *ones)
+        expected[f"{PREFIX}{target.key}.lora_A.weight"] = (rank, *rest)
+        expected[f"{PREFIX}{target.key}.lora_B.weight"] = (out, rank, *(1,) * (len(rest) - 1))
     return expected
 
 
@@ -140,18 +167,13 @@ def merged_twin(module: nn.Module, config: dict[str, Any], tensors: dict[str, np
     check_adapter(module, config, tensors)
     shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     twin = copy.deepcopy(module, shared)
-    for key, value in tensors.items():
-        if key.endswith(".lora_B.weight"):
-            continue
-        array = torch.from_numpy(np.array(value))  # a copy: loaded arrays may be read-only
-        if key.endswith(".lora_A.weight"):
-            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            weight = module.get_submodule(name).get_parameter("weight")
-            b = torch.from_numpy(np.array(tensors[f"{PREFIX}{name}.lora_B.weight"]))
-            delta = lora_delta(array.float(), b.float(), _scaling(config, name))
-            _replace(twin, f"{name}.weight", weight.detach().float().cpu() + delta)
-        else:
-            _replace(twin, key.removeprefix(PREFIX), array)
+    loaded = {key: torch.from_numpy(np.array(value)) for key, value in tensors.items()}  # copies: may be read-only
+    for name, target in _targeted(module, config):
+        a, b = (loaded.pop(f"{PREFIX}{target.key}.lora_{part}.weight").float() for part in "AB")
+        delta = lora_delta(a, b, _scaling(config, name) * target.times)
+        _replace(twin, target.path, module.get_parameter(target.path).detach().float().cpu() + delta)
+    for key, value in loaded.items():
+        _replace(twin, key.removeprefix(PREFIX), value)
     return twin.eval()
 
 

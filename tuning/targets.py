@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from orchestrator.errors import AdapterError
 from orchestrator.messages import Placement
 
 DUMMY_TARGET = "dummy-target-modules"  # PEFT's own word for an adapter that only saves whole modules
+OUT_PROJ_TIMES = 2.0  # PEFT 0.21.2 adds an attention's out-projection delta twice (decision 0007)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Targets:
     """Layer names of one placement.
 
     Attributes:
-        lora: convolutions and linear layers that get a low-rank delta.
+        lora: convolutions, linear layers and attention that get a low-rank delta.
         saved: modules saved whole (`modules_to_save`).
         trained: those of `saved` whose parameters are trained; statistics are recomputed, not trained.
     """
@@ -32,6 +34,21 @@ class Targets:
     lora: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraWeight:
+    """One weight that takes a low-rank delta.
+
+    Attributes:
+        key: PEFT's name of the layer that holds the delta.
+        path: the weight's own name in the model.
+        times: how often PEFT adds the delta.
+    """
+
+    key: str
+    path: str
+    times: float = 1.0
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -46,15 +63,39 @@ def has_statistics(module: nn.Module) -> bool:
 
 
 def accepts_lora(module: nn.Module) -> bool:
-    """True for a linear layer or a plain 2-D convolution (one group, no dilation, zero padding)."""
+    """True for a linear layer, a plain 2-D convolution (one group, no dilation, zero padding), or attention.
+
+    Attention is `torch.nn.MultiheadAttention` with q, k and v packed in one weight. Its out-projection is no target of
+    its own: the attention reads that weight without calling the layer, and PEFT would lose the delta.
+    """
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
-    # MultiheadAttention reads its output projection's weight without calling the layer; PEFT would miss the delta.
-    return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module._qkv_same_embed_dim)
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def lora_weights(name: str, module: nn.Module) -> tuple[LoraWeight, ...]:
+    """Weights that get a delta when the layer `name` is a target: one, or attention's two projections."""
+    if isinstance(module, nn.MultiheadAttention):
+        out = LoraWeight(f"{name}.base_layer.out_proj", f"{name}.out_proj.weight", OUT_PROJ_TIMES)
+        return LoraWeight(name, f"{name}.in_proj_weight"), out
+    return (LoraWeight(name, f"{name}.weight"),)
+
+
+def attention_around(module: nn.Module, name: str) -> str | None:
+    """Name of the attention that the layer `name` lies in; None if in none."""
+    parts = name.split(".")
+    parents = [".".join(parts[:i]) for i in range(1, len(parts))]
+    around = (p for p in parents if isinstance(module.get_submodule(p), nn.MultiheadAttention))
+    return next(around, None)
 
 
 def plan_targets(module: nn.Module, placement: Placement) -> Targets:
     """Layers that a placement touches.
+
+    Attention counts as one layer. One with separate q, k and v weights (`kdim`, `vdim`) is left out: PEFT's format
+    does not know it.
 
     Args:
         module: the base model.
@@ -65,7 +106,6 @@ def plan_targets(module: nn.Module, placement: Placement) -> Targets:
     """
     names = dict(module.named_modules())
     norms = tuple(name for name, m in names.items() if is_norm(m))
-    layers = tuple(name for name, m in names.items() if accepts_lora(m))
     if placement in (Placement.HEAD, Placement.LOGIT_CORRECTION):
         head = _head(module, with_bias=placement is Placement.LOGIT_CORRECTION)
         trained = (head,) if placement is Placement.HEAD else ()
@@ -76,8 +116,10 @@ def plan_targets(module: nn.Module, placement: Placement) -> Targets:
         if not norms:
             raise AdapterError(f"placement {placement} needs normalisation layers; the model has none that fit")
         return Targets((), saved_by_peft(module, norms), norms if placement is Placement.NORM else ())
+    layers = tuple(n for n, m in names.items() if n and accepts_lora(m) and not attention_around(module, n))
     if not layers:
-        raise AdapterError(f"placement {placement} needs linear layers or plain convolutions; the model has none")
+        kinds = "linear layers, plain convolutions or attention with q, k and v in one weight"
+        raise AdapterError(f"placement {placement} needs {kinds}; the model has none")
     chosen = layers if placement is Placement.ALL else layers[: math.ceil(len(layers) / 3)]
     saved = saved_by_peft(module, norms)
     lora = tuple(name for name in chosen if not excluded_by_peft(name, saved))

@@ -1,12 +1,11 @@
 """An adapter means the same here and in PEFT, never touches its base, and is refused when it does not fit."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from adapters import gap, read, trained, write
 from torch import nn
 
 from orchestrator.errors import AdapterError
@@ -34,24 +33,6 @@ def build(name):
     return resnet18(num_classes=4).eval()
 
 
-def trained(module, placement, adapter_rank=4):
-    """An exported adapter whose every tensor differs from its initial value."""
-    handle = attach(copy.deepcopy(module), TrialConfig(placement, adapter_rank=adapter_rank))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in handle.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
-        for name in handle.targets.saved:
-            for key, b in handle.module.get_submodule(name).named_buffers():
-                b.add_(3 if key == "num_batches_tracked" else torch.rand(b.shape, generator=generator) * 0.1)
-    return handle
-
-
-def gap(a, b, x):
-    with torch.no_grad():
-        return (a(x) - b(x)).abs().max().item()
-
-
 PLACEMENTS = [p for p in Placement if p is not Placement.LOGIT_CORRECTION]
 
 
@@ -63,8 +44,7 @@ def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(name, placemen
     x = torch.randn(4, 3, 32, 32)
     handle = trained(module, placement)
     config, tensors = handle.export()
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    write(tmp_path, config, tensors)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(module), str(tmp_path)).eval()
     twin = merged_twin(module, config, tensors)
     assert gap(twin, loaded, x) <= 1e-5
@@ -94,8 +74,7 @@ def test_an_adapter_written_by_peft_merges_to_the_same_logits(name, rslora, tmp_
             if "modules_to_save" in key and value.is_floating_point():
                 value.add_(0.1)
     model.save_pretrained(str(tmp_path))
-    loaded = json.loads((tmp_path / "adapter_config.json").read_text())
-    twin = merged_twin(module, loaded, load_file(tmp_path / "adapter_model.safetensors"))
+    twin = merged_twin(module, *read(tmp_path))
     x = torch.randn(4, 3, 32, 32)
     assert gap(twin, model, x) <= 1e-5
     assert gap(twin, module, x) > 1e-3
