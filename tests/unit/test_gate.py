@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.gate import clean_loss, decide, sign_test
+from orchestrator.gate import clean_loss, decide
 from orchestrator.messages import Analysis, GateDecision, GateEvidence, Kind
+from orchestrator.metric import sign_test
 from orchestrator.settings import HealSettings
 
 SETTINGS = HealSettings()
