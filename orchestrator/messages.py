@@ -267,7 +267,7 @@ class Compared:
     candidate: float
     wins: int  # candidate right, base wrong
     losses: int
-    f1_base: float = float("nan")  # of a class, over all rows at hand
+    f1_base: float = float("nan")  # of a class, as if all classes were equally frequent
     f1_candidate: float = float("nan")
 
 

@@ -52,16 +52,15 @@ def score(metric: Metric, classes: Sequence[str], labels_N: Array, predicted_N: 
         return float(np.mean([right_N[labels_N == k].mean() for k in np.unique(labels_N)]))
     if isinstance(metric, str):
         wanted = list(classes).index(metric.removeprefix("f1:"))
-        return f1(labels_N == wanted, predicted_N == wanted)
+        return f1(labels_N == wanted, predicted_N == wanted, np.ones(len(labels_N)))
     cost_KK = cost_table(metric["cost"], classes)
     wrong_K = (cost_KK.sum(axis=1) - cost_KK.diagonal()) / (len(classes) - 1)
     worst = float(wrong_K[labels_N].mean())
     return 1.0 - float(cost_KK[labels_N, predicted_N].mean()) / worst if worst > 0 else float("nan")
 
 
-def f1(is_class_N: Array, called_N: Array, weights_N: Array | None = None) -> float:
+def f1(is_class_N: Array, called_N: Array, weights_N: Array) -> float:
     """F1 of one class: 2 TP / (2 TP + FP + FN) over weighted rows; nan where it is neither there nor called."""
-    weights_N = np.ones(len(is_class_N)) if weights_N is None else weights_N
     either = float(weights_N @ is_class_N + weights_N @ called_N)
     return 2.0 * float(weights_N @ (is_class_N & called_N)) / either if either > 0 else float("nan")
 

@@ -82,7 +82,7 @@ def look_evidence(bench: Workbench, rows: LookRows) -> dict[str, Any]:
     base_N, candidate_N = rows.base_NK.argmax(axis=1), rows.candidate_NK.argmax(axis=1)
     base_right_N, right_N = ((answers == rows.labels_N).astype(float) for answers in (base_N, candidate_N))
     change_N = rows.weights_N * (right_N - base_right_N)
-    classes = compare_classes(bench.spec.classes, rows.labels_N, base_N, candidate_N, rows.weights_N)
+    classes = compare_classes(bench.spec.classes, rows.labels_N, base_N, candidate_N)
     return {
         "look_instances": len(rows.labels_N),
         "look_base": float((rows.weights_N * base_right_N).mean()),
@@ -94,21 +94,20 @@ def look_evidence(bench: Workbench, rows: LookRows) -> dict[str, Any]:
 
 
 def compare_classes(
-    names: tuple[str, ...],
-    labels_N: np.ndarray,
-    base_N: np.ndarray,
-    candidate_N: np.ndarray,
-    weights_N: np.ndarray | None = None,
+    names: tuple[str, ...], labels_N: np.ndarray, base_N: np.ndarray, candidate_N: np.ndarray
 ) -> tuple[Compared, ...]:
     """Recall and F1 of every class that has rows, the one that fared worst first.
+
+    The F1 is taken as if all classes were equally frequent: else the false alarms among many others would hide what
+    happens to a rare one.
 
     Args:
         names: of the classes, in the order of the logits.
         labels_N: int64 (N,), all known.
         base_N: int64 (N,), answers.
         candidate_N: int64 (N,), answers.
-        weights_N: of the rows, for the F1; None: all alike.
     """
+    weights_N = 1.0 / np.bincount(labels_N)[labels_N]
     found = []
     for k in np.unique(labels_N):
         is_class_N = labels_N == k
