@@ -49,7 +49,8 @@ def score(metric: Metric, classes: Sequence[str], labels_N: Array, predicted_N: 
     if metric == "accuracy":
         return float(right_N.mean())
     if metric == "balanced_accuracy":
-        return float(np.mean([right_N[labels_N == k].mean() for k in np.unique(labels_N)]))
+        rows_K, right_K = np.bincount(labels_N), np.bincount(labels_N, weights=right_N)
+        return float((right_K[rows_K > 0] / rows_K[rows_K > 0]).mean())
     if isinstance(metric, str):
         wanted = list(classes).index(metric.removeprefix("f1:"))
         return f1(labels_N == wanted, predicted_N == wanted, np.ones(len(labels_N)))

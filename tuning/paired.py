@@ -59,10 +59,10 @@ def see_look_rows(bench: Workbench, twin: nn.Module) -> LookRows:
     rows = _balanced_rows(labels, rng)
     labels_N = labels[rows]
     mixed = bench.in_the_mix(bench.reference_gate.inputs[rows], rng)
-    share_K, kept_K = (np.bincount(part, minlength=labels.max() + 1) / len(part) for part in (labels, labels_N))
+    weights_N = np.bincount(labels)[labels_N] / np.bincount(labels_N)[labels_N]
     return LookRows(
         labels_N=labels_N,
-        weights_N=share_K[labels_N] / kept_K[labels_N],
+        weights_N=weights_N / weights_N.mean(),
         base_NK=predict(bench.module, mixed, bench.device),
         candidate_NK=predict(twin, mixed, bench.device),
     )
@@ -71,8 +71,10 @@ def see_look_rows(bench: Workbench, twin: nn.Module) -> LookRows:
 def _balanced_rows(labels_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Row numbers in order; of each class at most the number at which all of them make LOOK_ROWS."""
     counts_K = np.bincount(labels_N)
-    cap = max(c for c in range(1, LOOK_ROWS + 1) if c == 1 or np.minimum(counts_K, c).sum() <= LOOK_ROWS)
     order = rng.permutation(len(labels_N))
+    cap = max((c for c in range(1, LOOK_ROWS + 1) if np.minimum(counts_K, c).sum() <= LOOK_ROWS), default=0)
+    if cap == 0:  # more classes than rows: none of them can be judged, all of them together can
+        return np.sort(order[:LOOK_ROWS])
     kept = [order[labels_N[order] == k][:cap] for k in np.flatnonzero(counts_K)]
     return np.sort(np.concatenate(kept))
 

@@ -1,5 +1,6 @@
 """Evidence on parts: a planted adapter that gains on average and loses a minority class, or one site, is refused."""
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -127,8 +128,7 @@ def test_evidence_survives_its_file_and_older_files_still_load(site):
 
 
 def _old_file(evidence):
-    import json
-
+    """As the release before per-class evidence wrote it."""
     known = list(GateEvidence.__dataclass_fields__)
     known = known[: known.index("error") + 1]
     values = {name: getattr(evidence, name) for name in known}
@@ -170,6 +170,7 @@ def test_rare_classes_keep_all_their_rows():
     assert counts.tolist() == [240, 240, 20]
     assert counts.sum() <= LOOK_ROWS
     assert len(_balanced_rows(labels[::5], np.random.default_rng(0))) == len(labels[::5])
+    assert len(_balanced_rows(np.arange(900), np.random.default_rng(0))) == LOOK_ROWS
 
 
 def test_classes_are_ordered_by_how_they_fared():
