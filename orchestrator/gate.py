@@ -2,6 +2,9 @@
 
 Called by `healing` when a search has a winner. Each check is one inequality; the message carries those that failed.
 *Failed* is measured and bad, *Inconclusive* is measured on too little, *Error* is could not measure.
+
+That an adapter must gain more than its uncertainty is asked before: a winner whose score does not beat the untouched
+base's by WINNER_MARGIN (`tuning.scoring`) never comes here. The gate asks what it costs, whom, and how sure that is.
 """
 
 from __future__ import annotations
@@ -9,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from orchestrator.gate_groups import ESTIMATE_SLACK, ROUNDING, SIGNIFICANCE, Check, class_checks, segment_checks
 from orchestrator.messages import Analysis, GateDecision, GateEvidence, Kind
+from orchestrator.metric import sign_test
 from orchestrator.settings import HealSettings
 
 MIN_INSTANCES = 32  # below this a class share has a standard error of 9 points: no evidence either way
-SIGNIFICANCE = 0.05  # one-sided, of the sign test on labelled disagreements
-ROUNDING = 1e-9  # of the figures: 0.90 - 0.87 is no more than 0.03
-ESTIMATE_SLACK = 0.02  # label-free estimates repeat to about this; only a fall beyond it is a veto
 # Collapse: one class takes most of the answers AND the answers are far from the reference's. Both, because a
 # reference may itself be 93% one class (fraud), and total variation bounds how far that class can have grown.
 MAX_TOP_SHARE = 0.5
@@ -24,7 +26,8 @@ MAX_DISTANCE = 0.3
 # and a class that left the traffic is no loss.
 MAX_TOP_SHARE_PRIOR_SHIFT = 0.95
 
-Check = tuple[str, float, float, bool]  # name, value, limit, passed
+BOUND_Z = 1.645  # one-sided 95%
+
 _MEASURED = (
     "reference_base",
     "reference_candidate",
@@ -39,10 +42,12 @@ _MEASURED = (
 def decide(evidence: GateEvidence, kind: Kind, settings: HealSettings) -> GateDecision:
     """Whether a candidate may be released.
 
-    Checks, in the order of contract 3.6: reference accuracy lost, weighted by the share of live traffic that still
-    looks like the reference; the same unweighted, if capped; residual shift; collapse; label-free estimate; labels.
-    Labels that prove a gain (exact one-sided sign test over the instances where base and candidate disagree) outrank
-    the residual shift and the estimate, which are proxies; they never outrank the clean loss. Without such proof a
+    Checks, in the order of contract 3.6: loss on the reference on the declared metric, weighted by the share of live
+    traffic that still looks like it; the same unweighted, if capped; residual shift; collapse; label-free estimate and
+    how sure it is; labels; then every class and every segment by itself.
+    Labels that prove a gain on the declared metric (accuracy: exact one-sided sign test over the instances where base
+    and candidate disagree; else a swap test) outrank the residual shift and the estimates, which are proxies; they
+    never outrank the clean loss, nor a class or a segment that got worse while the mean rose. Without such proof a
     success is provisional.
 
     Args:
@@ -56,7 +61,7 @@ def decide(evidence: GateEvidence, kind: Kind, settings: HealSettings) -> GateDe
     if evidence.instances < MIN_INSTANCES:
         message = f"held-out instances {evidence.instances} < {MIN_INSTANCES}"
         return GateDecision(Analysis.INCONCLUSIVE, message, provisional=False)
-    proven = sign_test(evidence.labelled_wins, evidence.labelled_losses) < SIGNIFICANCE
+    proven = _p_gain(evidence) < SIGNIFICANCE
     results = tuple(_checks(evidence, kind, settings, proven))
     checks = tuple(check for check, _ in results)
     failed = "; ".join(words for check, words in results if not check[3])
@@ -66,25 +71,31 @@ def decide(evidence: GateEvidence, kind: Kind, settings: HealSettings) -> GateDe
     return GateDecision(Analysis.SUCCESSFUL, passed, provisional=not proven, checks=checks)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Exact one-sided p-value of at least this many wins if both sides were equally good; 1.0 without any trial."""
-    trials = wins + losses
-    if trials == 0:
-        return 1.0
-    return sum(math.comb(trials, k) for k in range(wins, trials + 1)) / (1 << trials)
+def unweighted_loss(evidence: GateEvidence) -> float:
+    """Score lost on the reference, on the declared metric; accuracy where the evidence is older than that."""
+    if evidence.metric == "accuracy":
+        return evidence.reference_base - evidence.reference_candidate
+    return evidence.metric_base - evidence.metric_candidate
 
 
 def clean_loss(evidence: GateEvidence) -> float:
-    """Accuracy lost on the reference, weighted by the share of live traffic that looks like it."""
-    return (evidence.reference_base - evidence.reference_candidate) * evidence.reference_share
+    """Score lost on the reference, weighted by the share of live traffic that looks like it."""
+    return unweighted_loss(evidence) * evidence.reference_share
+
+
+def _p_gain(evidence: GateEvidence) -> float:
+    if evidence.metric == "accuracy":
+        return sign_test(evidence.labelled_wins, evidence.labelled_losses)
+    return evidence.labelled_p_gain if evidence.labelled else 1.0
 
 
 def _checks(evidence: GateEvidence, kind: Kind, settings: HealSettings, proven: bool) -> Iterator[tuple[Check, str]]:
     """Each check with the inequality that says why it failed."""
-    yield _at_most("clean loss", clean_loss(evidence), "max_clean_loss", settings.max_clean_loss)
+    of_metric = "" if evidence.metric == "accuracy" else f" of {evidence.metric}"
+    yield _at_most(f"clean loss{of_metric}", clean_loss(evidence), "max_clean_loss", settings.max_clean_loss)
     if settings.max_unweighted_clean_loss is not None:
-        loss = evidence.reference_base - evidence.reference_candidate
-        yield _at_most("unweighted clean loss", loss, "max_unweighted_clean_loss", settings.max_unweighted_clean_loss)
+        name, loss = f"unweighted clean loss{of_metric}", unweighted_loss(evidence)
+        yield _at_most(name, loss, "max_unweighted_clean_loss", settings.max_unweighted_clean_loss)
     if kind is not Kind.PRIOR_SHIFT and not proven:
         value, limit = float(evidence.shift_candidate), float(evidence.shift_base)
         yield ("residual shift", value, limit, value < limit), f"residual shift {value:.3f} >= base {limit:.3f}"
@@ -93,13 +104,45 @@ def _checks(evidence: GateEvidence, kind: Kind, settings: HealSettings, proven: 
         value, limit = float(evidence.estimate_candidate), float(evidence.estimate_base) - ESTIMATE_SLACK
         words = f"estimated accuracy {value:.3f} < base - {ESTIMATE_SLACK:.3f} = {limit:.3f}"
         yield ("estimated accuracy", value, limit, value >= limit), words
-    if evidence.labelled_wins + evidence.labelled_losses:
+        if math.isfinite(evidence.estimate_bound):
+            yield _bound_check(evidence, kind)
+    if evidence.labelled:
+        yield _labels_check(evidence)
+    yield from class_checks(evidence, kind)
+    yield from segment_checks(evidence, kind, unweighted_loss(evidence), settings.max_clean_loss)
+
+
+def _bound_check(evidence: GateEvidence, kind: Kind) -> tuple[Check, str]:
+    """The lower bound of the new accuracy; it refuses only where labelled rows with the traffic's look confirm a fall.
+
+    Where they do not, its limit is 0: an estimate's width alone is no evidence of harm. Under a concept drift those
+    rows' labels are of the old world, and confirm nothing.
+    """
+    highest = evidence.look_change + BOUND_Z * evidence.look_change_error
+    limit = float(evidence.estimate_base) if highest < 0.0 and kind is not Kind.CONCEPT else 0.0
+    value = float(evidence.estimate_bound)
+    words = (
+        f"accuracy at least {value:.3f} < base {limit:.3f}, and on labelled rows with the traffic's look "
+        f"{evidence.look_change:+.3f} ({highest:+.3f} at best)"
+    )
+    return ("accuracy at least", value, limit, value >= limit), words
+
+
+def _labels_check(evidence: GateEvidence) -> tuple[Check, str]:
+    """Whether true labels show harm on the declared metric."""
+    if evidence.metric != "accuracy":
+        p = evidence.labelled_p_harm
+        words = (
+            f"labels: {evidence.metric} {evidence.labelled_metric_candidate:.3f} < base "
+            f"{evidence.labelled_metric_base:.3f} (p {p:.3f} < {SIGNIFICANCE:.3f})"
+        )
+    else:
         p = sign_test(evidence.labelled_losses, evidence.labelled_wins)
         words = (
             f"labels: right only under the candidate {evidence.labelled_wins} < only under the base "
             f"{evidence.labelled_losses} (p {p:.3f} < {SIGNIFICANCE:.3f})"
         )
-        yield ("p of harm by labels", p, SIGNIFICANCE, p >= SIGNIFICANCE), words
+    return ("p of harm by labels", p, SIGNIFICANCE, p >= SIGNIFICANCE), words
 
 
 def _collapse_checks(evidence: GateEvidence, kind: Kind) -> Iterator[tuple[Check, str]]:
@@ -120,5 +163,7 @@ def _why_unmeasured(evidence: GateEvidence, kind: Kind) -> str:
     if evidence.error:
         return f"could not measure: {evidence.error}"
     needed = _MEASURED if kind is Kind.PRIOR_SHIFT else (*_MEASURED, "shift_base", "shift_candidate")
+    if evidence.metric != "accuracy":
+        needed = (*needed, "metric_base", "metric_candidate")
     missing = [name for name in needed if not math.isfinite(getattr(evidence, name))]
     return f"could not measure: {', '.join(missing)} is not a number" if missing else ""

@@ -258,6 +258,31 @@ class SearchStatus:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Base and candidate on the same labelled rows of one class or segment. Figures are 0..1."""
+
+    name: str
+    instances: int
+    base: float  # share of its rows that are right: of a class, the recall
+    candidate: float
+    wins: int  # candidate right, base wrong
+    losses: int
+    f1_base: float = float("nan")  # of a class, as if all classes were equally frequent
+    f1_candidate: float = float("nan")
+
+
+@dataclass(frozen=True)
+class SegmentEstimate:
+    """What is known of one segment without labels; nan where it has too few rows."""
+
+    name: str
+    instances: int  # held-out
+    estimate_change: float = float("nan")  # of the estimated accuracy, candidate less base
+    estimate_error: float = float("nan")  # its standard error over instances
+    share: float = float("nan")  # of its traffic that surely still looks like the reference: a lower bound
+
+
+@dataclass(frozen=True)
 class GateEvidence:
     """What was measured about a candidate beside the base, on data that trained neither. Accuracies are 0..1."""
 
@@ -280,6 +305,24 @@ class GateEvidence:
     labelled_losses: int = 0
     seconds: float = 0.0
     error: str = ""
+    metric: str = "accuracy"  # as the spec declares it; its figures are nan in evidence of older releases
+    metric_base: float = float("nan")  # score on the gate part of the reference, see `orchestrator.metric`
+    metric_candidate: float = float("nan")
+    labelled_metric_base: float = float("nan")  # score on the held-out labelled traffic
+    labelled_metric_candidate: float = float("nan")
+    labelled_p_gain: float = float("nan")  # of a swap test on the declared metric; nan for accuracy: counts are exact
+    labelled_p_harm: float = float("nan")
+    look_instances: int = 0  # labelled rows of the reference's gate part, shown as the traffic would show them
+    look_base: float = float("nan")  # accuracy on them
+    look_change: float = float("nan")  # candidate less base
+    look_change_error: float = float("nan")  # its standard error
+    estimate_bound: float = float("nan")  # lower 95% bound of the candidate's accuracy on the traffic, label-free
+    num_classes: int = 0  # compared on the look rows; at most 32 of them are kept in `classes`, worst first
+    classes: tuple[Compared, ...] = ()
+    num_labelled_classes: int = 0  # the same on labelled traffic
+    labelled_classes: tuple[Compared, ...] = ()
+    labelled_segments: tuple[Compared, ...] = ()  # worst first; none where all traffic is of one segment
+    segments: tuple[SegmentEstimate, ...] = ()
 
 
 @dataclass(frozen=True)

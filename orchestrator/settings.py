@@ -72,7 +72,9 @@ class HealSettings:
     )
     arl_instances: int = _setting(1_000_000, "mean instances between false alarms on independent traffic")
     max_clean_loss: float = _setting(
-        0.03, "accuracy (0..1) lost on the reference, weighted by the share of live traffic that still looks like it"
+        0.03,
+        "score (accuracy, or the spec's metric; at most 1) lost on the reference, weighted by the share of live "
+        "traffic that still looks like it; in all traffic and in each segment",
     )
     max_unweighted_clean_loss: float | None = _setting(None, "cap on the same loss unweighted; None: no cap")
     harm_threshold: float = _setting(0.01, "estimated accuracy loss (0..1) below which a drift is benign")

@@ -52,7 +52,8 @@ class ModelSpec:
         weights: safetensors file, as written like `reference`; None: the factory brings its own.
         layout: HWC, CHW, HW or F; "" for a shape that has no name.
         columns: names of tabular features, one per input, or None.
-        metric: `accuracy`, `balanced_accuracy`, `f1:<class>`, or `{"cost": {true class: {predicted class: cost}}}`.
+        metric: `accuracy`, `balanced_accuracy`, `f1:<class>`, or `{"cost": {true class: {predicted class: cost}}}`, in
+            which a mistake that is left out costs 1; what `orchestrator.metric` makes of it.
         features: name of the module whose output is the embedding, or None: chosen later.
         folder: where the spec was read from, None for one that was never a file. Not part of the spec's identity.
         spec_version: of this format.

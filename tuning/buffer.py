@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -27,6 +27,7 @@ SPARE_ROWS = 1.25  # read this many times the rows wanted, to make up for duplic
 CLASS_CAP = 2.0  # a predicted class takes at most this many times its even share while others can fill the buffer
 FEW_LABELS = 64  # up to this many teach nothing: they choose and judge, which takes fewer
 UNLABELLED = -1
+OPTIONAL = ("segment",)  # columns that files of older releases, or of other writers, may lack
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Buffer:
         inputs: (N, *shape).
         labels: int64 (N,), -1 where unknown.
         ids: str (N,), the request's instance ids.
+        segments: str (N,), "" where a file does not say.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
+    segments: np.ndarray
 
     def __len__(self) -> int:
         """Number of instances."""
@@ -54,7 +57,7 @@ class Buffer:
 
     def take(self, rows: np.ndarray) -> Buffer:
         """The given rows, by index or mask."""
-        return Buffer(self.inputs[rows], self.labels[rows], self.ids[rows])
+        return Buffer(self.inputs[rows], self.labels[rows], self.ids[rows], self.segments[rows])
 
     def split(self) -> dict[str, Buffer]:
         """Parts `train`, `choose` and `gate`; equal contents always fall into the same part.
@@ -88,27 +91,29 @@ def collect(storage: Storage, request: SearchRequest) -> Buffer:
     """
     index = _read_index(storage, request)
     if index is None:
-        return Buffer(np.empty((0,), np.float32), np.empty((0,), np.int64), np.empty((0,), np.str_))
+        no_text = np.empty((0,), np.str_)
+        return Buffer(np.empty((0,), np.float32), np.empty((0,), np.int64), no_text, no_text)
     chosen = _choose(index, request.max_instances)
     inputs = _read_inputs(storage, index, chosen)
-    ids = np.array([index["id"][i] for i in chosen], dtype=np.str_)
+    ids, segments = (np.array([index[name][i] for i in chosen], dtype=np.str_) for name in ("id", "segment"))
     _, first = np.unique(row_hashes(inputs), return_index=True)
     keep = np.sort(first)[: request.max_instances]
-    buffer = Buffer(inputs[keep], np.full(len(keep), UNLABELLED, np.int64), ids[keep])
+    buffer = Buffer(inputs[keep], np.full(len(keep), UNLABELLED, np.int64), ids[keep], segments[keep])
     if request.labels == "none":
         return buffer
     stored = np.array([index["label"][i] for i in chosen], dtype=np.int64)[keep]
-    return Buffer(buffer.inputs, _join_labels(storage, request, buffer.ids, stored), buffer.ids)
+    return replace(buffer, labels=_join_labels(storage, request, buffer.ids, stored))
 
 
 def _read_index(storage: Storage, request: SearchRequest) -> dict[str, list[object]] | None:
     """Everything but the inputs, newest first; `key` and `row` say where an instance lies."""
-    columns = ["id", "time_s", "prediction"] + (["label"] if request.labels != "none" else [])
+    columns = ["id", "time_s", "prediction", "segment"] + (["label"] if request.labels != "none" else [])
     tables = []
     for key in _traffic_keys(storage, request):
         table = _read(storage, key, columns)
         if table is None:
             continue
+        table = _with_segments(table)
         if "label" in columns:
             filled = table["label"].cast(pa.int64()).fill_null(UNLABELLED)
             table = table.set_column(table.column_names.index("label"), "label", filled)
@@ -134,14 +139,25 @@ def _traffic_keys(storage: Storage, request: SearchRequest) -> Iterator[str]:
 
 
 def _read(storage: Storage, key: str, columns: list[str]) -> pa.Table | None:
+    """Columns of a file, without those of OPTIONAL that it lacks; None where it is gone."""
     try:
         data = storage.get(key)
     except NotFound:  # retention or an erasure was quicker
         return None
     try:
-        return pq.read_table(pa.BufferReader(data), columns=columns, partitioning=None)
+        there = pq.read_schema(pa.BufferReader(data)).names
+        wanted = [name for name in columns if name in there or name not in OPTIONAL]
+        return pq.read_table(pa.BufferReader(data), columns=wanted, partitioning=None)
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
         raise StorageError(f"{storage.uri}: {key} is not a traffic file ({error}); remove it") from error
+
+
+def _with_segments(table: pa.Table) -> pa.Table:
+    """The table with a `segment` in every row; "" where it does not say."""
+    if "segment" not in table.column_names:
+        return table.append_column("segment", pa.array([""] * len(table), pa.string()))
+    texts = table["segment"].cast(pa.string()).fill_null("")
+    return table.set_column(table.column_names.index("segment"), "segment", texts)
 
 
 def _choose(index: dict[str, list[object]], wanted: int) -> list[int]:

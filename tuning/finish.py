@@ -12,29 +12,36 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from orchestrator.datasets import Dataset
 from orchestrator.drift.baseline import Sample, fit_baseline, save_baseline
-from orchestrator.drift.estimate import split_mixture
-from orchestrator.drift.statistics import fourier_features, squared_gap
+from orchestrator.drift.estimate import Mixture, split_mixture
+from orchestrator.drift.statistics import fourier_features, probabilities, squared_gap
 from orchestrator.errors import DataError, HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, Kind, Placement, SearchRequest, TrialResult
+from orchestrator.metric import metric_name, score
 from orchestrator.registry import load_adapter, save_adapter
 from orchestrator.settings import SCHEMA_VERSION
 from orchestrator.storage import Storage
 from tuning.adapter import merged_twin
 from tuning.base_model import collect_sample
 from tuning.objective import statistics_layers
+from tuning.paired import (
+    LookRows,
+    estimate_bound,
+    labelled_evidence,
+    look_evidence,
+    see_look_rows,
+    segment_evidence,
+)
 from tuning.records import plain
 from tuning.scoring import (
     class_shares,
     corrected_posteriors,
-    estimate_accuracy,
     logit_offset,
     total_variation,
 )
 from tuning.trainable import Exported
-from tuning.workbench import Workbench, load_workbench, visible
+from tuning.workbench import Workbench, known_labels, load_workbench, visible
 
 MIN_GATE_ROWS = 8
 SEEN_SHARE, LOST_SHARE = 0.02, 0.10  # a class seen for 2% under the reference is lost below a tenth of its share
@@ -122,8 +129,9 @@ def measure(storage: Storage, request: SearchRequest, digest: str) -> GateEviden
 
 def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
     gate, reference = bench.parts["gate"], bench.reference_gate
-    if min(len(gate), len(reference.inputs)) < MIN_GATE_ROWS:
-        got = f"{len(gate)} and {len(reference.inputs)}"
+    labels = known_labels(reference)
+    if min(len(gate), len(labels)) < MIN_GATE_ROWS:
+        got = f"{len(gate)} and {len(labels)}"
         raise DataError(f"the gate needs >= {MIN_GATE_ROWS} rows of traffic and of the reference; got {got}")
     config, tensors, manifest = load_adapter(storage, digest)
     twin = merged_twin(bench.module, config, tensors)
@@ -131,58 +139,78 @@ def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
     base_reference = _sample(bench, bench.module, reference.inputs, None)
     traffic = _sample(bench, twin, gate.inputs, None)
     mix = _sample(bench, twin, bench.calibration_mix, None)
-    reference_logits = _sample(bench, twin, reference.inputs, None).logits_NK
+    reference_N = _sample(bench, twin, reference.inputs, None).logits_NK.argmax(axis=1)
+    reference_base_N = base_reference.logits_NK.argmax(axis=1)
+    look = see_look_rows(bench, twin)
     saved = config.get("modules_to_save") or []
-    estimates = _estimates(bench, twin, saved, base_traffic.logits_NK, traffic.logits_NK)
+    base_confidence_N, confidence_N, bound = _confidences(bench, twin, saved, base_traffic, traffic, look)
+    split, segments = _split_from_reference(bench, manifest, base_reference, base_traffic)
+    drifted = None if split is None else split.drifted_N
     shares = class_shares(traffic.logits_NK)
     known = bench.baseline.reference_class_shares_K
+    metric, names = bench.spec.metric, bench.spec.classes
     return GateEvidence(
         candidate=digest,
         instances=len(gate),
-        reference_base=_accuracy(base_reference.logits_NK, reference),
-        reference_candidate=_accuracy(reference_logits, reference),
-        reference_share=_reference_share(bench, manifest, base_reference, base_traffic),
+        reference_base=float((reference_base_N == labels).mean()),
+        reference_candidate=float((reference_N == labels).mean()),
+        reference_share=1.0 if split is None else split.share,
         shift_base=_shift(bench, base_traffic, base_reference),
         shift_candidate=_shift(bench, traffic, mix),
         marginal_max=float(shares.max()),
         marginal_distance=total_variation(shares, known),
         classes_lost=int(((known >= SEEN_SHARE) & (shares < LOST_SHARE * known)).sum()),
-        estimate_base=estimates[0],
-        estimate_candidate=estimates[1],
-        **_labelled(gate.labels, base_traffic.logits_NK, traffic.logits_NK),
+        estimate_base=float(base_confidence_N.mean()),
+        estimate_candidate=float(confidence_N.mean()),
+        estimate_bound=bound,
+        metric=metric_name(metric),
+        metric_base=score(metric, names, labels, reference_base_N),
+        metric_candidate=score(metric, names, labels, reference_N),
+        segments=segment_evidence(gate, confidence_N - base_confidence_N, segments, drifted),
+        **look_evidence(bench, look),
+        **labelled_evidence(bench, gate, base_traffic.logits_NK, traffic.logits_NK),
     )
 
 
-def _accuracy(logits_NK: np.ndarray, dataset: Dataset) -> float:
-    return float((logits_NK.argmax(axis=1) == dataset.labels).mean())
+def _confidences(
+    bench: Workbench, twin: nn.Module, saved: list[str], base: Sample, candidate: Sample, look: LookRows
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Label-free chances of being right, of base and candidate on each row, and the lower bound of the candidate's.
 
-
-def _estimates(
-    bench: Workbench, twin: nn.Module, saved: list[str], base_NK: np.ndarray, candidate_NK: np.ndarray
-) -> tuple[float, float]:
-    """Label-free accuracy estimates of base and candidate: calibrated confidence, or corrected posteriors."""
+    Calibrated confidences, or corrected posteriors. No bound under a prior shift: the look's rows have the reference's
+    class shares, on which corrected posteriors do not hold.
+    """
+    base_NK, candidate_NK = base.logits_NK, candidate.logits_NK
     if bench.request.kind is Kind.PRIOR_SHIFT:
         temperature, old_K = bench.baseline.temperature, bench.baseline.confusion_KK.sum(axis=0)
         _, new_K = logit_offset(base_NK, temperature, old_K)
         posteriors = corrected_posteriors(base_NK, temperature, old_K, new_K)
         rows = np.arange(len(posteriors))
-        base, candidate = (posteriors[rows, x.argmax(axis=1)].mean() for x in (base_NK, candidate_NK))
-        return float(base), float(candidate)
-    base_t = bench.temperature(bench.module, [])
-    candidate_t = bench.temperature(twin, statistics_layers(twin, saved))
-    return estimate_accuracy(base_NK, base_t), estimate_accuracy(candidate_NK, candidate_t)
+        base_N, candidate_N = (posteriors[rows, x.argmax(axis=1)] for x in (base_NK, candidate_NK))
+        return base_N, candidate_N, float("nan")
+    base_N = probabilities(base_NK, bench.temperature(bench.module, [])).max(axis=1)
+    heat = bench.temperature(twin, statistics_layers(twin, saved))
+    candidate_N, look_N = (probabilities(x, heat).max(axis=1) for x in (candidate_NK, look.candidate_NK))
+    return base_N, candidate_N, estimate_bound(candidate_N, look, look_N)
 
 
-def _reference_share(bench: Workbench, manifest: dict[str, Any], reference: Sample, gate: Sample) -> float:
-    """Share of traffic like the reference, in the base's eyes; the other parts of the buffer join the gate's rows.
+def _split_from_reference(
+    bench: Workbench, manifest: dict[str, Any], reference: Sample, gate: Sample
+) -> tuple[Mixture | None, np.ndarray]:
+    """Which traffic looks like the reference in the base's eyes, with each row's segment.
 
-    A logit correction keeps the features: there nothing but the class shares moved, so all traffic counts as alike.
+    The other parts of the buffer join the gate's rows. A logit correction keeps the features: there nothing but the
+    class shares moved, so all traffic counts as alike, and nothing is told apart (None).
     """
     if manifest.get("trial", {}).get("config", {}).get("placement") == Placement.LOGIT_CORRECTION:
-        return 1.0
-    others = np.concatenate([bench.parts["choose"].inputs, bench.parts["train"].inputs])[: 3 * len(gate.logits_NK)]
+        return None, np.empty(0, np.str_)
+    parts = bench.parts
+    num = 3 * len(gate.logits_NK)
+    others = np.concatenate([parts["choose"].inputs, parts["train"].inputs])[:num]
+    segments = np.concatenate([parts["choose"].segments, parts["train"].segments])[:num]
     traffic = _sample(bench, bench.module, others, None)
-    return split_mixture(visible(reference), np.concatenate([visible(gate), visible(traffic)])).share
+    mixture = split_mixture(visible(reference), np.concatenate([visible(gate), visible(traffic)]))
+    return mixture, np.concatenate([parts["gate"].segments, segments])
 
 
 def _shift(bench: Workbench, traffic: Sample, reference: Sample) -> float:
@@ -194,18 +222,3 @@ def _shift(bench: Workbench, traffic: Sample, reference: Sample) -> float:
     seen_NM, known_NM = (fourier_features(bench.baseline, sample.embedding_ND) for sample in (traffic, reference))
     variance = float(known_NM.var(axis=0).sum()) / len(known_NM)
     return float(np.sqrt(squared_gap(seen_NM, known_NM.mean(axis=0), variance)))
-
-
-def _labelled(labels_N: np.ndarray, base_NK: np.ndarray, candidate_NK: np.ndarray) -> dict[str, Any]:
-    known_N = labels_N >= 0
-    if not known_N.any():
-        return {}
-    base_N = (base_NK.argmax(axis=1) == labels_N)[known_N]
-    candidate_N = (candidate_NK.argmax(axis=1) == labels_N)[known_N]
-    return {
-        "labelled": int(known_N.sum()),
-        "labelled_base": float(base_N.mean()),
-        "labelled_candidate": float(candidate_N.mean()),
-        "labelled_wins": int((candidate_N & ~base_N).sum()),
-        "labelled_losses": int((base_N & ~candidate_N).sum()),
-    }

@@ -8,8 +8,23 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from orchestrator.errors import NotFound
-from orchestrator.messages import GateEvidence, Kind, Placement, SearchRequest, SearchStatus, TrialConfig, TrialResult
+from orchestrator.messages import (
+    Compared,
+    GateEvidence,
+    Kind,
+    Placement,
+    SearchRequest,
+    SearchStatus,
+    SegmentEstimate,
+    TrialConfig,
+    TrialResult,
+)
 from orchestrator.storage import Storage
+
+_ROWS: dict[str, type] = {  # tuples of messages inside the evidence
+    **dict.fromkeys(("classes", "labelled_classes", "labelled_segments"), Compared),
+    "segments": SegmentEstimate,
+}
 
 
 def started_key(episode: str) -> str:
@@ -86,4 +101,9 @@ def read_evidence(storage: Storage, episode: str, digest: str) -> GateEvidence |
         values = json.loads(storage.get(evidence_key(episode, digest)))
     except NotFound:
         return None
-    return GateEvidence(**_filled(GateEvidence, values))
+    rows = {
+        name: tuple(kind(**_filled(kind, row)) for row in values[name])
+        for name, kind in _ROWS.items()
+        if name in values
+    }
+    return GateEvidence(**{**_filled(GateEvidence, values), **rows})

@@ -1,9 +1,7 @@
 """A published tiny model with drifted traffic on a storage, and a search request that finds it."""
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from stored_traffic import write_traffic
 
 import tiny
 from orchestrator.messages import Kind, SearchRequest
@@ -12,27 +10,6 @@ from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 from tuning.prepare import prepare_base
 from tuning.workbench import load_workbench
-
-
-def write_traffic(storage, base, inputs, labels):
-    """Drifted instances with their labels, one file."""
-    n = len(inputs)
-    table = pa.table(
-        {
-            "id": [f"i{i}" for i in range(n)],
-            "time_s": 1000.0 + np.arange(n),
-            "segment": ["all"] * n,
-            "digest": ["base"] * n,
-            "generation": [0] * n,
-            "prediction": np.arange(n) % 4,
-            "confidence": np.ones(n, np.float32),
-            "input": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(inputs)),
-            "label": pa.array(labels, pa.int64()),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.put(f"traffic/base={base}/date=1970-01-01/r-0.parquet", sink.getvalue().to_pybytes())
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,14 @@ REQUEST = SearchRequest(
 )
 
 
-def write(storage, name, inputs, times, predictions=None, labels=None, base=REQUEST.base):
+def write(storage, name, inputs, times, predictions=None, labels=None, base=REQUEST.base, segments=None, drop=()):
     """One traffic file; without `labels` it has no label column at all."""
     n = len(inputs)
     tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(inputs))
     columns = {
         "id": [f"{name}-{i}" for i in range(n)],
         "time_s": np.asarray(times, float),
-        "segment": ["all"] * n,
+        "segment": segments or ["all"] * n,
         "digest": ["base"] * n,
         "generation": [0] * n,
         "prediction": np.zeros(n, int) if predictions is None else predictions,
@@ -44,6 +44,7 @@ def write(storage, name, inputs, times, predictions=None, labels=None, base=REQU
     }
     if labels is not None:
         columns["label"] = pa.array(labels, pa.int64())
+    columns = {key: values for key, values in columns.items() if key not in drop}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     storage.put(f"traffic/base={base}/date=1970-01-01/{name}.parquet", sink.getvalue().to_pybytes())
@@ -113,9 +114,9 @@ def test_a_number_of_labels_keeps_a_seeded_choice(storage):
 
 def test_the_split_depends_on_contents_alone():
     inputs = images(2000)
-    whole = Buffer(inputs, np.full(2000, -1), np.arange(2000).astype(str)).split()
+    whole = Buffer(inputs, np.full(2000, -1), *[np.arange(2000).astype(str)] * 2).split()
     shuffled = np.random.default_rng(0).permutation(2000)
-    again = Buffer(inputs[shuffled], np.full(2000, -1), shuffled.astype(str)).split()
+    again = Buffer(inputs[shuffled], np.full(2000, -1), *[shuffled.astype(str)] * 2).split()
     for part in ("train", "choose", "gate"):
         assert set(whole[part].ids) == set(again[part].ids)
     assert sum(len(p) for p in whole.values()) == 2000
@@ -126,9 +127,20 @@ def test_the_split_depends_on_contents_alone():
 def test_few_labels_choose_and_judge_and_do_not_train():
     inputs = np.arange(400, dtype=np.int64)[:, None]
     labels = np.where(np.arange(400) % 20 == 0, 1, -1)
-    parts = Buffer(inputs, labels, np.arange(400).astype(str)).split()
+    parts = Buffer(inputs, labels, *[np.arange(400).astype(str)] * 2).split()
     assert parts["train"].num_labelled == 0
     assert parts["choose"].num_labelled + parts["gate"].num_labelled == 20
     assert sum(len(part) for part in parts.values()) == 400
-    many = Buffer(inputs, np.ones(400, np.int64), np.arange(400).astype(str)).split()
+    many = Buffer(inputs, np.ones(400, np.int64), *[np.arange(400).astype(str)] * 2).split()
     assert many["train"].num_labelled == len(many["train"]) > 200
+
+
+def test_segments_travel_with_their_rows_and_older_files_have_none(storage):
+    write(storage, "old", images(4), np.arange(200, 204), drop=("segment",))
+    write(storage, "new", images(6, seed=1), np.arange(300, 306), segments=["north", "south"] * 3)
+    buffer = collect(storage, REQUEST)
+    assert dict(zip(buffer.ids.tolist(), buffer.segments.tolist(), strict=True)) == {
+        **{f"old-{i}": "" for i in range(4)},
+        **{f"new-{i}": ("north", "south")[i % 2] for i in range(6)},
+    }
+    assert buffer.take(buffer.segments == "north").ids.tolist() == ["new-4", "new-2", "new-0"]
