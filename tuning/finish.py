@@ -44,7 +44,9 @@ from tuning.trainable import Exported
 from tuning.workbench import Workbench, known_labels, load_workbench, visible
 
 MIN_GATE_ROWS = 8
-SEEN_SHARE, LOST_SHARE = 0.02, 0.10  # a class seen for 2% under the reference is lost below a tenth of its share
+# A class answered for 2% of the reference is lost below a tenth of that share, unless the candidate still recalls half
+# of its rows with the traffic's look: then the traffic has few of it.
+SEEN_SHARE, LOST_SHARE, KEPT_RECALL = 0.02, 0.10, 0.5
 
 
 def register_winner(
@@ -159,7 +161,7 @@ def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
         shift_candidate=_shift(bench, traffic, mix),
         marginal_max=float(shares.max()),
         marginal_distance=total_variation(shares, known),
-        classes_lost=int(((known >= SEEN_SHARE) & (shares < LOST_SHARE * known)).sum()),
+        classes_lost=_classes_lost(known, shares, look),
         estimate_base=float(base_confidence_N.mean()),
         estimate_candidate=float(confidence_N.mean()),
         estimate_bound=bound,
@@ -170,6 +172,14 @@ def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
         **look_evidence(bench, look),
         **labelled_evidence(bench, gate, base_traffic.logits_NK, traffic.logits_NK),
     )
+
+
+def _classes_lost(known_K: np.ndarray, shares_K: np.ndarray, look: LookRows) -> int:
+    """Classes that the candidate hardly answers any more, for all that can be told."""
+    right_N = look.candidate_NK.argmax(axis=1) == look.labels_N
+    rows_K, right_K = (np.bincount(look.labels_N, w, minlength=len(known_K)) for w in (None, right_N))
+    recalled_K = right_K >= KEPT_RECALL * np.maximum(rows_K, 1)
+    return int(((known_K >= SEEN_SHARE) & (shares_K < LOST_SHARE * known_K) & ~recalled_K).sum())
 
 
 def _confidences(

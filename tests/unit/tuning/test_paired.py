@@ -115,6 +115,19 @@ def test_a_healthy_adapter_passes_class_by_class(site):
     assert evidence.metric_base == evidence.reference_base
 
 
+def test_a_class_that_left_the_traffic_is_not_lost_by_the_adapter(tmp_path, tiny_model):
+    inputs, labels = uneven(900, seed=50, drift=True)
+    site = Site(tmp_path, tiny_model, inputs[labels != 1], labels[labels != 1])
+    evidence, decision = site.judged(*site.healed())
+    assert evidence.classes_lost == 0
+    assert decision.analysis is Analysis.SUCCESSFUL, decision.message
+    config, tensors = site.without_rare(recall=0.0)
+    tensors[f"{PREFIX}head.bias"][RARE] -= 100.0
+    evidence, decision = site.judged(config, tensors)
+    assert evidence.classes_lost == 1
+    assert "classes lost" in decision.message
+
+
 def test_evidence_survives_its_file_and_older_files_still_load(site):
     evidence, _ = site.judged(*site.healed())
     evidence = replace(evidence, segments=(SegmentEstimate("north", 3, share=0.5),))
