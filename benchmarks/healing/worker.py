@@ -48,18 +48,18 @@ def run_scene(job: Job) -> Found:
     if OURS in job.methods:
         outcome = search(scene, world)
         (job.out / f"{name}.json").write_text(json.dumps(outcome.plain()))
-        results.append(as_result(outcome, base))
+        results.append(_keep(as_result(outcome, base), name, job.out))
     for result in run_peers(scene, world, [m for m in job.methods if m != OURS], job.tune, bench, base):
-        results.append(result)
-        print(f"    {name} {result.method} {result.setting}: {_brief(result)}", flush=True)
-    for result in results:
-        (job.out / f"{name}.{result.method}.{result.setting}.json").write_text(json.dumps(result.plain()))
+        results.append(_keep(result, name, job.out))
     return Found(scene, outcome, results)
 
 
-def _brief(result: Result) -> str:
+def _keep(result: Result, name: str, out: Path) -> Result:
+    (out / f"{name}.{result.method}.{result.setting}.json").write_text(json.dumps(result.plain()))
     online = "" if result.online is None else f" online {result.online:.3f} (base {result.base.stream:.3f})"
-    return (
-        f"drifted {result.drifted:.3f} (base {result.base.drifted:.3f}) clean {result.clean:.3f}"
-        f"{online} {result.seconds:.0f} s"
+    print(
+        f"    {name} {result.method} {result.setting}: drifted {result.drifted:.3f} (base {result.base.drifted:.3f})"
+        f" clean {result.clean:.3f}{online} {result.seconds:.0f} s",
+        flush=True,
     )
+    return result
