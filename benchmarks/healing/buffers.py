@@ -54,6 +54,9 @@ class World:
     request: SearchRequest
     evaluation: Dataset  # under the drift; under label_shift with its class shares
     clean: Dataset
+    evaluation_rows: np.ndarray  # int64, which rows of the eval files `evaluation` has; the same images in every set
+    stream: Dataset  # the traffic in its order with all true labels: for scoring answers as they came, for nothing else
+    stream_clean: np.ndarray  # the same images without the drift
 
 
 def build(data: Path, folder: Path, scene: Scene, limits: Limits) -> World:
@@ -74,12 +77,13 @@ def build(data: Path, folder: Path, scene: Scene, limits: Limits) -> World:
         storage.delete(key)
     rng = np.random.default_rng(scene.seed)
     drifted, clean = (read_dataset(data / f"{name}.traffic.parquet") for name in (scene.drift, "clean"))
-    inputs, labels = _stream(scene.stream, drifted, clean, rng)
+    inputs, labels, order = _stream(scene.stream, drifted, clean, rng)
     _write(storage, base, inputs, labels)
     evaluation = read_dataset(data / f"{scene.drift}.eval.parquet")
     assert evaluation.labels is not None
+    rows = np.arange(len(evaluation))
     if scene.stream == "label_shift":
-        evaluation = evaluation.take(_shifted_rows(evaluation.labels, rng))
+        rows = _shifted_rows(evaluation.labels, rng)
     request = SearchRequest(
         episode="-".join((scene.drift, scene.stream, scene.labels, str(scene.seed))),
         base=base,
@@ -95,10 +99,21 @@ def build(data: Path, folder: Path, scene: Scene, limits: Limits) -> World:
         epochs=limits.epochs,
         trial_device="auto",
     )
-    return World(storage, request, evaluation, read_dataset(data / "clean.eval.parquet"))
+    return World(
+        storage=storage,
+        request=request,
+        evaluation=evaluation.take(rows),
+        clean=read_dataset(data / "clean.eval.parquet"),
+        evaluation_rows=rows,
+        stream=Dataset(inputs, labels),
+        stream_clean=clean.inputs[order],
+    )
 
 
-def _stream(stream: str, drifted: Dataset, clean: Dataset, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _stream(
+    stream: str, drifted: Dataset, clean: Dataset, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, labels and file rows of the traffic, in its order."""
     assert drifted.labels is not None
     order = rng.permutation(len(drifted))
     inputs, labels = drifted.inputs, drifted.labels
@@ -109,7 +124,7 @@ def _stream(stream: str, drifted: Dataset, clean: Dataset, rng: np.random.Genera
         inputs = np.where(whole[:, None, None, None], clean.inputs, inputs)
     elif stream == "label_shift":
         order = order[_shifted_rows(labels[order], rng)]
-    return inputs[order], labels[order]
+    return inputs[order], labels[order], order
 
 
 def _shifted_rows(labels_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -6,17 +6,16 @@ none of them sees.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.healing.buffers import Limits, Scene, World, build
+from benchmarks.healing.buffers import Scene, World
+from benchmarks.healing.results import AUTHORS, OURS, Base, Result, marks
 from orchestrator.datasets import Dataset
 from orchestrator.gate import decide
 from orchestrator.messages import Analysis
@@ -34,6 +33,7 @@ class Outcome:
 
     Attributes:
         drifted, clean: `base` and each trial's, by its name.
+        right: a character per row of the eval file under the drift, see `results.marks`.
         chosen: name of the winner; empty when none was worth it.
         gate: successful, failed, inconclusive, error; empty without a winner.
     """
@@ -41,6 +41,7 @@ class Outcome:
     scene: Scene
     drifted: dict[str, float] = field(default_factory=dict)
     clean: dict[str, float] = field(default_factory=dict)
+    right: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     chosen: str = ""
@@ -50,16 +51,6 @@ class Outcome:
     def plain(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return asdict(self)
-
-
-def run_scene(job: tuple[Path, Path, Scene, Limits]) -> Outcome:
-    """A scene in a process of one thread: data folder, output folder, scene, limits. Keeps the outcome as JSON."""
-    data, out, scene, limits = job
-    torch.set_num_threads(1)
-    name = "-".join((scene.drift, scene.stream, scene.labels, str(scene.seed)))
-    outcome = search(scene, build(data, out / f"storage-{name}", scene, limits))
-    (out / f"{name}.json").write_text(json.dumps(outcome.plain()))
-    return outcome
 
 
 def search(scene: Scene, world: World) -> Outcome:
@@ -80,6 +71,7 @@ def search(scene: Scene, world: World) -> Outcome:
         if exported is not None:
             _score(found, name, bench, merged_twin(bench.module, *exported), world)
     winner = choose_winner([result for result, _ in trials], base_score)
+    found.seconds["total"] = time.time() - started_s
     if winner is None:
         return found
     found.chosen = names[winner.trial_id]
@@ -97,12 +89,31 @@ def rolled(found: Outcome) -> str:
     return found.chosen if found.gate == Analysis.SUCCESSFUL.value else "base"
 
 
+def as_result(found: Outcome, base: Base) -> Result:
+    """What is served in the end, beside the peers' figures; `base` is the base's on the same rows."""
+    served = rolled(found)
+    return Result(
+        scene=found.scene,
+        method=OURS,
+        setting=AUTHORS,
+        base=base,
+        drifted=found.drifted[served],
+        clean=found.clean[served],
+        online=None,
+        right=found.right[served],
+        score=found.scores.get(served),
+        seconds=found.seconds.get("total", 0.0),
+    )
+
+
 def _score(found: Outcome, name: str, bench: Workbench, module: nn.Module, world: World) -> None:
-    found.drifted[name] = accuracy(module, bench, world.evaluation)
-    found.clean[name] = accuracy(module, bench, world.clean)
+    right = correct(module, bench.device, world.evaluation)
+    found.drifted[name] = float(right.mean())
+    found.right[name] = marks(right, world.evaluation_rows, len(world.clean))
+    found.clean[name] = float(correct(module, bench.device, world.clean).mean())
 
 
-def accuracy(module: nn.Module, bench: Workbench, dataset: Dataset) -> float:
-    """Of a module on a labelled dataset, 0..1."""
+def correct(module: nn.Module, device: torch.device, dataset: Dataset) -> np.ndarray:
+    """Which rows of a labelled dataset a module is right about, bool (N,)."""
     assert dataset.labels is not None
-    return float(np.mean(predict(module, dataset.inputs, bench.device).argmax(axis=1) == dataset.labels))
+    return np.asarray(predict(module, dataset.inputs, device).argmax(axis=1) == dataset.labels)
