@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from benchmarks.healing.peers.registry import PEERS
 from benchmarks.healing.peers.roid import likelihood_ratio
 from benchmarks.healing.peers.shot import centroid_labels
 from benchmarks.healing.peers.views import view
+from benchmarks.healing.report import lines, markdown
 from benchmarks.healing.results import Base, Result, frozen_share, marks, share_difference, tuned
 from orchestrator.datasets import Dataset
 from orchestrator.spec import load_spec
@@ -323,7 +325,9 @@ def test_shot_heals_offline_and_keeps_the_classifier(base, given, mixed, fresh):
     assert not torch.equal(module.body[0].weight, base.body[0].weight)
 
 
-def test_supervised_tuning_uses_the_labelled_rows_only_and_heals(base, given, mixed, fresh):
+def test_supervised_tuning_uses_the_labelled_rows_only_and_heals(base, given, mixed, fresh, monkeypatch):
+    monkeypatch.setattr(supervised, "HEAD_EPOCHS", 20)
+    monkeypatch.setattr(supervised, "MIN_STEPS", 60)
     labels = np.where(np.arange(len(mixed[1])) < 400, mixed[1], -1)
     norm = accuracy(after(PEERS["bn"](given()), mixed), fresh)
     for name in ("full", "head"):
@@ -336,9 +340,9 @@ def test_supervised_tuning_uses_the_labelled_rows_only_and_heals(base, given, mi
 
 
 def test_supervised_tuning_learns_what_its_labels_say(given, mixed):
-    swapped = (mixed[1] + 1) % 4
-    module = after(PEERS["full"](given(labels_N=swapped, rate=10)), mixed)
-    assert accuracy(module, (mixed[0], swapped)) > 0.8
+    rows, swapped = mixed[0][:300], (mixed[1][:300] + 1) % 4
+    module = after(PEERS["full"](given(labels_N=swapped, rate=10)), (rows,))
+    assert accuracy(module, (rows, swapped)) > 0.8
 
 
 def test_supervised_tuning_refuses_a_stream_without_labels(given, mixed):
@@ -416,3 +420,16 @@ def test_every_peer_keeps_to_its_interface(given, mixed):
         assert not answers.requires_grad
         if peer.online:
             assert not copy.deepcopy(peer.frozen()).training
+
+
+def test_the_summary_has_a_table_per_regime_with_intervals_to_ours_and_one_over_all():
+    ours = [result("ours", "1" * 80 + "0" * 20, drift) for drift in ("fog", "contrast")]
+    peer = [result("tent", "1" * n + "0" * (100 - n), drift) for n, drift in ((70, "fog"), (40, "contrast"))]
+    other = replace(peer[0], scene=Scene("fog", "sorted"), online=0.3)
+    text = markdown([*ours, *peer, other], "command")
+    assert "| ours | 0.750 |  | 0.750 fog | - | 0.800 | 1 |" in text
+    assert "| tent | 0.125 | -0.625 [" in text
+    assert "-0.250 contrast" in text
+    assert "| tent | 0.500 |  | 0.500 fog | -0.500 |" in text  # no ours in that regime, worse than nothing online
+    assert "| tent | 2 | 0.312 | 0.125 (iid, none) |" in text
+    assert len(lines([*ours, *peer, other])) == 3
