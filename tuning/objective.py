@@ -25,6 +25,9 @@ MOSTLY_LABELLED = 0.9  # of the training rows; from here on the unlabelled terms
 INFOMAX, RESTYLED, SEMI_SUPERVISED, SUPERVISED = "infomax", "restyled", "semi_supervised", "supervised"
 NO_TRAINING = "none"
 INFORMATION_BESIDE = 0.3  # weight of information maximisation where labelled reference rows lead
+# Weight of the traffic's labels in multiples of the share of rows that have one, at most 1: a few labels, shown again
+# and again, teach what is odd about them.
+LABELLED_WEIGHT = 3.0
 _TINY = 1e-9
 
 
@@ -48,7 +51,11 @@ def information_loss(logits_NK: torch.Tensor) -> torch.Tensor:
 
 
 def traffic_loss(
-    objective: str, logits_NK: torch.Tensor, labels_N: torch.Tensor, information_weight: float = 1.0
+    objective: str,
+    logits_NK: torch.Tensor,
+    labels_N: torch.Tensor,
+    information_weight: float = 1.0,
+    labelled_share: float = 1.0,
 ) -> torch.Tensor:
     """Loss of one batch of traffic.
 
@@ -57,6 +64,7 @@ def traffic_loss(
         logits_NK: (N, K).
         labels_N: int64 (N,), -1 where unknown.
         information_weight: of the term that needs no labels.
+        labelled_share: of all training rows, 0..1; not of the batch, into which labels are drawn.
     """
     known_N = labels_N >= 0
     supervised = (
@@ -64,7 +72,7 @@ def traffic_loss(
     )
     if objective == SUPERVISED:
         return supervised
-    return information_weight * information_loss(logits_NK) + supervised
+    return information_weight * information_loss(logits_NK) + min(1.0, LABELLED_WEIGHT * labelled_share) * supervised
 
 
 def replay_loss(logits_NK: torch.Tensor, labels_N: torch.Tensor, taught_NK: torch.Tensor) -> torch.Tensor:

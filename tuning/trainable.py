@@ -138,7 +138,8 @@ class TrialRun:
                 inputs = self.bench.views.draw(train.inputs[rows], self._rng)
                 logits = module(torch.from_numpy(np.ascontiguousarray(inputs)).to(device))
                 labels = torch.from_numpy(train.labels[rows]).to(device)
-                loss = traffic_loss(self.objective, logits, labels, INFORMATION_BESIDE if weight else 1.0)
+                information, share = INFORMATION_BESIDE if weight else 1.0, train.num_labelled / len(train)
+                loss = traffic_loss(self.objective, logits, labels, information, share)
                 if weight and len(self.bench.replay.inputs):
                     loss = loss + weight * self._replay()
             if not torch.isfinite(loss):

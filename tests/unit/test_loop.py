@@ -29,7 +29,7 @@ from tuning.inprocess import InProcessRunner
 from tuning.prepare import prepare_base
 
 SETTINGS = HealSettings(
-    mode="auto", num_trials=2, trial_epochs=1, buffer_instances=600, buffer_wait_s=1.0, bake_s=0.2, heartbeat_s=0.05
+    mode="auto", num_trials=2, trial_epochs=1, buffer_instances=600, buffer_wait_s=60.0, bake_s=0.2, heartbeat_s=0.05
 )
 
 
