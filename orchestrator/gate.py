@@ -27,6 +27,11 @@ MAX_DISTANCE = 0.3
 MAX_TOP_SHARE_PRIOR_SHIFT = 0.95
 
 BOUND_Z = 1.645  # one-sided 95%
+POWER_Z = 0.842  # a chance of 80% to see what is there
+LEAST_EDGE = 0.1  # of wins over losses that anybody would label for: 619 labels
+
+# Checks that stand in for labels, and give way to enough of them.
+PROXIES = ("residual shift", "estimated accuracy", "accuracy at least", "p of harm to class", "estimated gain")
 
 _MEASURED = (
     "reference_base",
@@ -64,11 +69,35 @@ def decide(evidence: GateEvidence, kind: Kind, settings: HealSettings) -> GateDe
     proven = _p_gain(evidence) < SIGNIFICANCE
     results = tuple(_checks(evidence, kind, settings, proven))
     checks = tuple(check for check, _ in results)
-    failed = "; ".join(words for check, words in results if not check[3])
+    failed = [(check[0], words) for check, words in results if not check[3]]
     if failed:
-        return GateDecision(Analysis.FAILED, failed, provisional=False, checks=checks)
+        message = "; ".join(words for _, words in failed)
+        if all(name.startswith(PROXIES) for name, _ in failed):
+            message += _what_would_help(evidence)
+        return GateDecision(Analysis.FAILED, message, provisional=False, checks=checks)
     passed = ", ".join(f"{name} {value:.3f} (limit {limit:.3f})" for name, value, limit, _ in checks)
     return GateDecision(Analysis.SUCCESSFUL, passed, provisional=not proven, checks=checks)
+
+
+def labels_needed(evidence: GateEvidence) -> int:
+    """Labels that would most likely decide, of instances on which both models disagree; 0 where they never do.
+
+    A sign test at SIGNIFICANCE sees, four times in five, a gain as large as the estimates say.
+    """
+    if not evidence.disagreements:
+        return 0
+    gain = abs(evidence.estimate_candidate - evidence.estimate_base)
+    edge = min(1.0, max(gain * evidence.instances / evidence.disagreements, LEAST_EDGE))  # wins less losses, per label
+    return math.ceil((BOUND_Z + POWER_Z) ** 2 / edge**2)
+
+
+def _what_would_help(evidence: GateEvidence) -> str:
+    """Which labels to give; nothing where the traffic has some."""
+    num = labels_needed(evidence)
+    if evidence.labelled or not num:
+        return ""
+    first = f" (of {', '.join(evidence.decisive[:3])}, ...)" if evidence.decisive else ""
+    return f". About {num} labels of instances that base and candidate answer differently{first} would decide"
 
 
 def unweighted_loss(evidence: GateEvidence) -> float:

@@ -323,6 +323,8 @@ class GateEvidence:
     labelled_classes: tuple[Compared, ...] = ()
     labelled_segments: tuple[Compared, ...] = ()  # worst first; none where all traffic is of one segment
     segments: tuple[SegmentEstimate, ...] = ()
+    disagreements: int = 0  # held-out instances that base and candidate answer differently
+    decisive: tuple[str, ...] = ()  # ids of some: those whose labels would decide soonest come first
 
 
 @dataclass(frozen=True)

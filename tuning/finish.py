@@ -27,6 +27,7 @@ from tuning.base_model import collect_sample
 from tuning.objective import statistics_layers
 from tuning.paired import (
     LookRows,
+    decisive_evidence,
     estimate_bound,
     labelled_evidence,
     look_evidence,
@@ -170,6 +171,11 @@ def _measure(bench: Workbench, storage: Storage, digest: str) -> GateEvidence:
         metric_candidate=score(metric, names, labels, reference_N),
         segments=segment_evidence(gate, confidence_N - base_confidence_N, segments, drifted),
         **look_evidence(bench, look),
+        **decisive_evidence(
+            gate,
+            (base_traffic.logits_NK.argmax(axis=1), base_confidence_N),
+            (traffic.logits_NK.argmax(axis=1), confidence_N),
+        ),
         **labelled_evidence(bench, gate, base_traffic.logits_NK, traffic.logits_NK),
     )
 

@@ -27,7 +27,9 @@ MAX_KEPT = 32  # classes kept in the evidence, which the journal repeats: those 
 MIN_BOUND_ROWS = 32  # of either sample, for a normal approximation of their means
 MIN_ESTIMATE_ROWS = 32  # of a segment, as of the whole gate part
 MIN_SHARE_ROWS = 64  # of a segment, to tell how much of it looks like the reference
+Chances = tuple[np.ndarray, np.ndarray]  # answers int64 (N,) and estimated chances of being right, float (N,)
 UNNAMED = "unnamed"  # stands for the segment of rows that name none
+MAX_ASKED = 20  # ids of instances whose labels are asked for
 BOUND_Z = 1.645  # one-sided 95%
 SHARE_Z = 2.326  # one-sided 99%: the worst of some segments is taken
 
@@ -117,6 +119,22 @@ def compare_classes(
         right = [(answers_N == k)[is_class_N] for answers_N in (base_N, candidate_N)]
         found.append(_compared(names[k], right[0], right[1], scores[0], scores[1]))
     return _worst_first(found)
+
+
+def decisive_evidence(gate: Buffer, base: Chances, candidate: Chances) -> dict[str, Any]:
+    """Fields of the evidence that say whose labels would tell the two models apart.
+
+    Only instances that they answer differently can; the surer both are, the surer one of them is right.
+
+    Args:
+        gate: held-out traffic, N rows.
+        base: its answers and the estimated chances that they are right.
+        candidate: the same.
+    """
+    differ = np.flatnonzero(base[0] != candidate[0])
+    sure_first = differ[np.argsort(-(base[1] + candidate[1])[differ], kind="stable")]
+    unknown = sure_first[gate.labels[sure_first] == UNLABELLED]
+    return {"disagreements": len(differ), "decisive": tuple(str(name) for name in gate.ids[unknown[:MAX_ASKED]])}
 
 
 def labelled_evidence(bench: Workbench, gate: Buffer, base_NK: np.ndarray, candidate_NK: np.ndarray) -> dict[str, Any]:

@@ -106,4 +106,5 @@ def read_evidence(storage: Storage, episode: str, digest: str) -> GateEvidence |
         for name, kind in _ROWS.items()
         if name in values
     }
-    return GateEvidence(**{**_filled(GateEvidence, values), **rows})
+    ids = {"decisive": tuple(values.get("decisive", ()))}
+    return GateEvidence(**{**_filled(GateEvidence, values), **rows, **ids})

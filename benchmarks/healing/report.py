@@ -150,7 +150,7 @@ def outcome_lines(found: Outcome) -> str:
 
 
 def trial_summary(found: list[Outcome], stream: str, labels: str) -> str:
-    """Recovered shares of our search in one regime: of what rolled, the best trial, norm statistics, and within caps."""
+    """Recovered shares of our search in one regime: of what rolled, of single trials, and within caps."""
     lost = sum(o.clean["base"] - o.drifted["base"] for o in found)
     free = "norm_statistics r0 0 x0"
     picks = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.gate import clean_loss, decide
+from orchestrator.gate import clean_loss, decide, labels_needed
 from orchestrator.messages import Analysis, GateDecision, GateEvidence, Kind
 from orchestrator.settings import HealSettings
 
@@ -137,3 +138,21 @@ def test_no_success_ever_costs_more_than_the_limit(base: float, candidate: float
     decision = judged(reference_base=base, reference_candidate=candidate, reference_share=share)
     if decision.analysis is Analysis.SUCCESSFUL:
         assert (base - candidate) * share <= SETTINGS.max_clean_loss + 1e-6
+
+
+def test_a_proxy_that_refuses_says_whose_labels_would_decide() -> None:
+    seen = {"disagreements": 60, "decisive": ("i7", "i3", "i9", "i1")}
+    near = judged(shift_candidate=12.5, estimate_candidate=GOOD.estimate_base + 0.09, **seen)
+    assert near.message.endswith("(of i7, i3, i9, ...) would decide")
+    gain, share = 0.09, 60 / GOOD.instances
+    assert labels_needed(replace(GOOD, estimate_candidate=GOOD.estimate_base + gain, **seen)) == math.ceil(
+        2.487**2 / (gain / share) ** 2
+    )
+    assert labels_needed(replace(GOOD, disagreements=0)) == 0
+    assert "would decide" not in judged(shift_candidate=12.5, labelled=4, labelled_wins=2, **seen).message
+
+
+def test_what_no_label_can_excuse_asks_for_none() -> None:
+    message = judged(reference_candidate=0.5, shift_candidate=12.5, disagreements=60, decisive=("i7",)).message
+    assert "clean loss" in message
+    assert "would decide" not in message
