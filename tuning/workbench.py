@@ -140,7 +140,8 @@ class Workbench:
 
     def configurations(self) -> list[TrialConfig]:
         """The search space for this model."""
-        return search_space(self.request, self.module)
+        train = self.parts["train"]
+        return search_space(self.request, self.module, train.num_labelled / max(len(train), 1))
 
     def logit_offset(self) -> np.ndarray:
         """Bias correction float32 (K,) for the class shares of the traffic, from the train rows."""

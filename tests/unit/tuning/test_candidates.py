@@ -12,12 +12,12 @@ class Net(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4) if norm else nn.ReLU(), nn.Flatten(), nn.Linear(4, 3))
 
 
-def placements(request, module=None):
-    return [c.placement for c in search_space(request, module or Net())]
+def placements(request, module=None, labelled_share=0.0):
+    return [c.placement for c in search_space(request, module or Net(), labelled_share)]
 
 
 def test_statistics_come_first_and_every_placement_once_before_any_twice(make_request):
-    found = search_space(make_request(num_trials=6), Net())
+    found = search_space(make_request(num_trials=6), Net(), 0.0)
     assert [c.placement for c in found[:4]] == [
         Placement.NORM_STATISTICS,
         Placement.ALL,
@@ -38,17 +38,22 @@ def test_a_prior_shift_without_labels_is_only_corrected(make_request):
 
 
 def test_a_prior_shift_with_labels_also_trains_the_head(make_request):
-    found = placements(make_request(kind=Kind.PRIOR_SHIFT, labels="50"))
+    found = placements(make_request(kind=Kind.PRIOR_SHIFT, labels="50"), labelled_share=0.1)
     assert found[:2] == [Placement.LOGIT_CORRECTION, Placement.HEAD]
 
 
 def test_a_concept_drift_starts_with_the_head(make_request):
-    assert placements(make_request(kind=Kind.CONCEPT, labels="all"))[1] is Placement.HEAD
+    assert placements(make_request(kind=Kind.CONCEPT, labels="all"), labelled_share=1.0)[1] is Placement.HEAD
 
 
-@pytest.mark.parametrize("labels", ["none", "all"])
-def test_a_model_without_norm_layers_has_no_norm_trials(make_request, labels):
-    found = placements(make_request(num_trials=9, labels=labels), Net(norm=False))
+def test_the_rate_is_gentle_until_labels_hold_against_what_is_off_about_the_look(make_request):
+    rates = [search_space(make_request(), Net(), share)[1].learning_rate for share in (0.0, 0.1, 1.0)]
+    assert rates == [1e-3, 1e-3, 2e-3]
+
+
+@pytest.mark.parametrize("labelled_share", [0.0, 1.0])
+def test_a_model_without_norm_layers_has_no_norm_trials(make_request, labelled_share):
+    found = placements(make_request(num_trials=9), Net(norm=False), labelled_share)
     assert Placement.NORM_STATISTICS not in found
     assert Placement.NORM not in found
     assert Placement.EARLY in found
