@@ -3,8 +3,8 @@
 Most drifts of the world change how inputs look, not what they show. An image gets the traffic's look in three steps,
 each fitted on sums over many rows, so that no traffic row is ever copied: pixels change places with near ones (frosted
 glass), the spectrum is filtered and noise of the traffic's own colours added (blur, contrast, grain, fog), and each
-channel gets the traffic's histogram by a monotone map. Which steps a drift needs is not known: `fit_looks` fits several
-looks, and `workbench` keeps the one whose rows the base model takes most for traffic. A table's columns get a new
+channel gets the traffic's histogram by a monotone map. Which steps a drift needs is not known: `variants` are
+fitted, and `workbench` keeps the one whose rows the base model takes most for traffic. A table's columns get a new
 offset and gain each: a freer map would explain any drift of a table, also those that no adapter can heal.
 
 Knows no models. That amplitudes carry the look and phases the content: Yang & Soatto 2020, FDA.
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Looks to fit: reach of the change of places in pixels, and the share of the power that mean and spread of a ring's
-# power call noise which is taken for noise.
-VARIANTS = ((0, 0.0), (0, 0.5), (0, 1.0), (1, 0.0), (1, 0.5), (2, 0.0))
+WHITE = -1.0
+# Looks to fit: reach of the change of places in pixels, and what is taken for noise: that share of what mean and spread
+# of a ring's power call noise, or, WHITE, as much in every ring as the last one holds, where images hold least.
+Variant = tuple[int, float]
+VARIANTS: tuple[Variant, ...] = ((0, 0.0), (0, WHITE), (0, 0.5), (0, 1.0), (1, 0.0), (1, 0.5), (2, 0.0))
 NUM_RINGS = 12  # of spatial frequencies, holding equally many coefficients; the mean of an image is one more
 NUM_QUANTILES = 257
 MAX_MEAN_GAIN = 2.0  # of the spread of images' means: few rows make that ratio uncertain
@@ -46,7 +48,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Look:
-    """The traffic's look as seen from the reference. Make it with `fit_looks`.
+    """The traffic's look as seen from the reference. Make it with `fit_look`.
 
     Attributes:
         layout: HWC, CHW or F.
@@ -83,26 +85,39 @@ class Look:
         return _typed(_back(mapped, self.layout, inputs.shape), inputs.dtype)
 
 
-def fit_looks(reference: np.ndarray, traffic: np.ndarray, layout: str) -> list[Look]:
-    """Looks that may explain `traffic` as seen from `reference`; one for tables.
+def fit_look(reference: np.ndarray, traffic: np.ndarray, layout: str, variant: Variant) -> Look:
+    """The look that a variant finds in `traffic` as seen from `reference`; tables have one whatever the variant.
 
     Args:
         reference: (N, *shape), N >= 2.
         traffic: (M, *shape), M >= 2, of the rows that drifted.
         layout: HWC, CHW, or F.
+        variant: one of `variants`, or with another share of noise.
     """
     limit = max(2, MAX_FIT_VALUES // max(1, int(np.prod(reference.shape[1:]))))
     old, new = (_channels_last(part[:limit], layout) for part in (reference, traffic))
     if layout == "F":
-        return [Look("F", 0, None, _moments(old), _moments(new))]
-    large = old.ndim == 4 and min(old.shape[1:3]) >= MIN_SIDE
-    looks, to_QC = [], _quantiles(new)
-    for reach, noise_share in VARIANTS if large else ((0, 0.0),):
-        moved = _displaced(old, reach, np.random.default_rng(0))
-        spectrum = _fit_spectrum(moved, new, noise_share) if large else None
-        shaped = _shape(moved, spectrum, np.random.default_rng(0))
-        looks.append(Look(layout, reach, spectrum, _strictly_rising(_quantiles(shaped)), to_QC))
-    return looks
+        return Look("F", 0, None, _moments(old), _moments(new))
+    reach, noise_share = variant
+    moved = _displaced(old, reach, np.random.default_rng(0))
+    spectrum = _fit_spectrum(moved, new, noise_share) if _has_spectrum(old.shape) else None
+    shaped = _shape(moved, spectrum, np.random.default_rng(0))
+    return Look(layout, reach, spectrum, _strictly_rising(_quantiles(shaped)), _quantiles(new))
+
+
+def variants(inputs: np.ndarray, layout: str) -> tuple[Variant, ...]:
+    """Variants worth fitting to inputs (N, *shape); one where there is nothing to choose."""
+    return VARIANTS if layout != "F" and _has_spectrum(_channels_last(inputs[:1], layout).shape) else VARIANTS[:1]
+
+
+def near_variants(variant: Variant, step: float) -> list[Variant]:
+    """The same with a little less and a little more noise, where there is a share to vary."""
+    reach, share = variant
+    return [] if share == WHITE else [(reach, s) for s in (share - step, share + step) if 0.0 <= s <= 1.0]
+
+
+def _has_spectrum(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and min(shape[1:3]) >= MIN_SIDE
 
 
 def _channels_last(inputs: np.ndarray, layout: str) -> np.ndarray:
@@ -183,25 +198,36 @@ def _ring_power(spectra_NCHW: torch.Tensor, rings: torch.Tensor, ring: int) -> t
 def _fit_spectrum(old: np.ndarray, new: np.ndarray, noise_share: float) -> Spectrum:
     """Noise per ring from mean and spread, over rows, of its power; the filter is what the noise leaves.
 
-    A filter scales mean and spread by its square, noise of a constant power adds to the mean alone.
+    A filter scales mean and spread by its square, noise of a constant power adds to the mean alone. In the rings that
+    hold most of an image the spread is too uncertain to tell grain by: that is what WHITE is for.
     """
     rings = _rings(*old.shape[1:3])
     means = [torch.from_numpy(np.nan_to_num(part).mean((0, 1, 2))) for part in (old, new)]
     before, after = (_transform(part, mean) for part, mean in zip((old, new), means, strict=True))
-    covariances = []
-    for ring in range(NUM_RINGS + 1):
-        old_NCC, new_NCC = (_ring_power(spectra, rings, ring) for spectra in (before, after))
-        old_N, new_N = (p.diagonal(dim1=1, dim2=2).sum(1) for p in (old_NCC, new_NCC))
-        ratio = min(float(new_N.std() / (old_N.std() + _TINY)), float(new_N.mean() / (old_N.mean() + _TINY)))
-        ratio = min(ratio, MAX_MEAN_GAIN**2) if ring == 0 else ratio
-        values_C, vectors_CC = torch.linalg.eigh(new_NCC.mean(0) - ratio * old_NCC.mean(0))
-        color_CC = vectors_CC * (noise_share * values_C.clamp_min(0)).sqrt()
-        covariances.append((color_CC, color_CC.square().sum(1)))
-    noise_CHW = torch.stack([power_C for _, power_C in covariances])[rings].permute(2, 0, 1)
+    if noise_share == WHITE:
+        last = [_ring_power(spectra, rings, NUM_RINGS).mean(0) for spectra in (before, after)]
+        colors = [_root(last[1] - last[0])] * (NUM_RINGS + 1)
+    else:
+        colors = []
+        for ring in range(NUM_RINGS + 1):
+            old_NCC, new_NCC = (_ring_power(spectra, rings, ring) for spectra in (before, after))
+            old_N, new_N = (p.diagonal(dim1=1, dim2=2).sum(1) for p in (old_NCC, new_NCC))
+            ratio = min(float(new_N.std() / (old_N.std() + _TINY)), float(new_N.mean() / (old_N.mean() + _TINY)))
+            ratio = min(ratio, MAX_MEAN_GAIN**2) if ring == 0 else ratio
+            colors.append(noise_share**0.5 * _root(new_NCC.mean(0) - ratio * old_NCC.mean(0)))
+    color_RCC = torch.stack(colors)
+    noise_CHW = color_RCC.square().sum(2)[rings].permute(2, 0, 1)
     old_CHW, new_CHW = (spectra.abs().square().mean(0) for spectra in (before, after))
     gain_CHW = ((new_CHW - noise_CHW).clamp_min(0) / (old_CHW + _TINY)).sqrt()
     gain_CHW[:, 0, 0].clamp_(max=MAX_MEAN_GAIN)
-    return Spectrum(gain_CHW, torch.stack([color_CC for color_CC, _ in covariances]), *means)
+    return Spectrum(gain_CHW, color_RCC, *means)
+
+
+def _root(covariance_CC: torch.Tensor) -> torch.Tensor:
+    """L (C, C) with L L^T the covariance, what is negative of it left out."""
+    values_C, vectors_CC = torch.linalg.eigh(covariance_CC)
+    root_CC: torch.Tensor = vectors_CC * values_C.clamp_min(0).sqrt()
+    return root_CC
 
 
 def _shape(rows_NHWC: np.ndarray, spectrum: Spectrum | None, rng: np.random.Generator, batch: int = 512) -> np.ndarray:

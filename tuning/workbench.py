@@ -7,6 +7,7 @@ train, `choose` and `calibration` choose, `gate` and `reference_gate` judge the 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from tuning.base_model import FeatureTap, build_module, collect_sample, feature_
 from tuning.buffer import Buffer, collect
 from tuning.candidates import search_space
 from tuning.prepare import prepare_base
-from tuning.restyle import Look, fit_looks
+from tuning.restyle import Look, Variant, fit_look, near_variants, variants
 from tuning.scoring import (
     calibrate,
     corrected_posteriors,
@@ -43,6 +44,7 @@ from tuning.scoring import (
 CALIBRATION_ROWS = 384  # of the reference's fit part; at most a fifth of it. Standard error of an accuracy: 2 points
 LOOK_ROWS = 512  # of either side, to tell which traffic drifted: a pass of the model on each
 FIDELITY_ROWS = 256  # reference rows that each look is tried on
+NOISE_STEPS = (0.25, 0.125)  # by which the share of noise of the best look is varied
 MIN_DRIFTED = 64  # a look is fitted on no fewer rows; on all of them where fewer stand out
 MIN_TRAFFIC = 32  # fewer instances than this in any part: nothing can be learned or judged
 
@@ -85,16 +87,24 @@ class Workbench:
             if mixture.drifted_N.sum() >= MIN_DRIFTED:
                 share, new = mixture.share, new[mixture.drifted_N]
                 seen_new = rows_of(seen_new, mixture.drifted_N)
-        looks = fit_looks(old, new, self.layout)
-        if len(looks) == 1:
-            return looks[0], share
+        known = variants(old, self.layout)
+        if len(known) == 1:
+            return fit_look(old, new, self.layout, known[0]), share
         goal_M = self._mean_features(seen_new)
-        rng = np.random.default_rng(self.request.seed)
-        gaps = [
-            np.square(self._mean_features(self._see(look.apply(old[:FIDELITY_ROWS], rng))) - goal_M).sum()
-            for look in looks
-        ]
-        return looks[int(np.argmin(gaps))], share
+        tried: dict[Variant, tuple[float, Look]] = {}
+
+        def best(those: Iterable[Variant]) -> Variant:
+            for variant in those:
+                look = fit_look(old, new, self.layout, variant)
+                rows = look.apply(old[:FIDELITY_ROWS], np.random.default_rng(self.request.seed))
+                gap_M = self._mean_features(self._see(rows)) - goal_M
+                tried[variant] = (float(np.square(gap_M).sum()), look)
+            return min(tried, key=lambda variant: tried[variant][0])
+
+        variant = best(known)
+        for step in NOISE_STEPS:
+            variant = best(near_variants(variant, step))
+        return tried[variant][1], share
 
     def _see(self, inputs: np.ndarray) -> Sample:
         """What the base makes of inputs."""
