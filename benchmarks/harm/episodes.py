@@ -167,7 +167,10 @@ def _turned(image: torch.Tensor, severity: float) -> torch.Tensor:
 
 
 def _small(image: torch.Tensor, severity: float) -> torch.Tensor:
-    return F.affine(image, angle=0.0, translate=[0, 0], scale=1.0 - 0.5 * severity, shear=[0.0])
+    seen = F.affine(image, angle=0.0, translate=[0, 0], scale=1.0 - 0.5 * severity, shear=[0.0])
+    return _bytes(
+        seen.float() + 8.0 * torch.randn(seen.shape)
+    )  # a camera's grain: else the border is a broken sensor's
 
 
 def _hidden(image: torch.Tensor, severity: float) -> torch.Tensor:
