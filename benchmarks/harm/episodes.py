@@ -168,9 +168,7 @@ def _turned(image: torch.Tensor, severity: float) -> torch.Tensor:
 
 def _small(image: torch.Tensor, severity: float) -> torch.Tensor:
     seen = F.affine(image, angle=0.0, translate=[0, 0], scale=1.0 - 0.5 * severity, shear=[0.0])
-    return _bytes(
-        seen.float() + 8.0 * torch.randn(seen.shape)
-    )  # a camera's grain: else the border is a broken sensor's
+    return _bytes(seen.float() + 8.0 * torch.randn(seen.shape))  # grain: a dead border is a fault
 
 
 def _hidden(image: torch.Tensor, severity: float) -> torch.Tensor:
