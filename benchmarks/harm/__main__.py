@@ -14,6 +14,8 @@ from pathlib import Path
 from benchmarks.harm.episodes import draw
 from benchmarks.harm.run import Outcome, play
 
+NEVER_SEARCHED = ("outage", "replica_fault", "suspicious_source", "data_quality", "unknown")
+
 OUT = Path(__file__).resolve().parents[2] / "out" / "harm"
 
 
@@ -50,9 +52,15 @@ def summary(found: list[Outcome]) -> str:
     rows = [f"{len(found)} episodes, {Counter(o.verdict for o in found)}"]
     promoted = [o for o in found if o.verdict == "healed"]
     rows.append(f"harm: {sum(o.harmed for o in promoted)} of {len(promoted)} promotions")
-    for name, twists in (("all", ("none", "concept", "poison")), ("labels as they should be", ("none",))):
-        healable = [o for o in found if o.healable and o.episode.twist in twists]
-        rows.append(f"healable, {name}: {sum(o.healed for o in healable)} of {len(healable)} healed")
+    healable = [o for o in found if o.healable]
+    groups = {
+        "all": healable,
+        "labels as they should be": [o for o in healable if o.episode.twist == "none"],
+        "not refused as a fault, or as a kind that nobody knows": [o for o in healable if o.kind not in NEVER_SEARCHED],
+    }
+    rows += [
+        f"healable, {name}: {sum(o.healed for o in group)} of {len(group)} healed" for name, group in groups.items()
+    ]
     return "\n".join(rows)
 
 
