@@ -215,18 +215,14 @@ def _split_from_reference(
 ) -> tuple[Mixture | None, np.ndarray]:
     """Which traffic looks like the reference in the base's eyes, with each row's segment.
 
-    The other parts of the buffer join the gate's rows. A logit correction keeps the features: there nothing but the
-    class shares moved, so all traffic counts as alike, and nothing is told apart (None).
+    Train rows, those that the look was fitted on, join the gate's. A logit correction keeps the features: there nothing
+    but the class shares moved, so all traffic counts as alike, and nothing is told apart (None).
     """
     if manifest.get("trial", {}).get("config", {}).get("placement") == Placement.LOGIT_CORRECTION:
         return None, np.empty(0, np.str_)
-    parts = bench.parts
-    num = 3 * len(gate.logits_NK)
-    others = np.concatenate([parts["choose"].inputs, parts["train"].inputs])[:num]
-    segments = np.concatenate([parts["choose"].segments, parts["train"].segments])[:num]
-    traffic = _sample(bench, bench.module, others, None)
-    mixture = split_mixture(visible(reference), np.concatenate([visible(gate), visible(traffic)]))
-    return mixture, np.concatenate([parts["gate"].segments, segments])
+    mixture = split_mixture(visible(reference), np.concatenate([visible(gate), visible(bench.seen_traffic)]))
+    segments = bench.parts["train"].segments[: len(bench.seen_traffic.logits_NK)]
+    return mixture, np.concatenate([bench.parts["gate"].segments, segments])
 
 
 def _shift(bench: Workbench, traffic: Sample, reference: Sample) -> float:

@@ -21,7 +21,7 @@ WHITE = -1.0
 # Looks to fit: reach of the change of places in pixels, and what is taken for noise: that share of what mean and spread
 # of a ring's power call noise, or, WHITE, as much in every ring as the last one holds, where images hold least.
 Variant = tuple[int, float]
-VARIANTS: tuple[Variant, ...] = ((0, 0.0), (0, WHITE), (0, 0.5), (0, 1.0), (1, 0.0), (1, 0.5), (2, 0.0))
+VARIANTS: tuple[Variant, ...] = ((0, 0.0), (0, WHITE), (0, 0.5), (0, 1.0), (1, 0.0), (2, 0.0))
 NUM_RINGS = 12  # of spatial frequencies, holding equally many coefficients; the mean of an image is one more
 NUM_QUANTILES = 257
 MAX_MEAN_GAIN = 2.0  # of the spread of images' means: few rows make that ratio uncertain

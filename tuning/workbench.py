@@ -43,7 +43,7 @@ from tuning.scoring import (
 
 CALIBRATION_ROWS = 384  # of the reference's fit part; at most a fifth of it. Standard error of an accuracy: 2 points
 LOOK_ROWS = 512  # of either side, to tell which traffic drifted: a pass of the model on each
-FIDELITY_ROWS = 256  # reference rows that each look is tried on
+FIDELITY_ROWS = 128  # reference rows that each look is tried on
 NOISE_STEPS = (0.25, 0.125)  # by which the share of noise of the best look is varied
 MIN_DRIFTED = 64  # a look is fitted on no fewer rows; on all of them where fewer stand out
 MIN_TRAFFIC = 32  # fewer instances than this in any part: nothing can be learned or judged
@@ -80,7 +80,7 @@ class Workbench:
     def look(self) -> tuple[Look, float]:
         """The look of the traffic that drifted, and the share 0..1 of the traffic that did not."""
         old, new = self.replay.inputs[:LOOK_ROWS], self.parts["train"].inputs[:LOOK_ROWS]
-        seen_old, seen_new = self._see(old), self._see(new)
+        seen_old, seen_new = self._see(old), self.seen_traffic
         share = 0.0
         if min(len(old), len(new)) >= MIN_ROWS:
             mixture = split_mixture(visible(seen_old), visible(seen_new))
@@ -105,6 +105,11 @@ class Workbench:
         for step in NOISE_STEPS:
             variant = best(near_variants(variant, step))
         return tried[variant][1], share
+
+    @cached_property
+    def seen_traffic(self) -> Sample:
+        """What the base makes of the first LOOK_ROWS train rows."""
+        return self._see(self.parts["train"].inputs[:LOOK_ROWS])
 
     def _see(self, inputs: np.ndarray) -> Sample:
         """What the base makes of inputs."""
