@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from good_evidence import GOOD
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,20 +16,6 @@ from orchestrator.messages import Analysis, GateDecision, GateEvidence, Kind
 from orchestrator.settings import HealSettings
 
 SETTINGS = HealSettings()
-GOOD = GateEvidence(
-    candidate="d1",
-    instances=400,
-    reference_base=0.90,
-    reference_candidate=0.86,
-    reference_share=0.25,
-    shift_base=12.0,
-    shift_candidate=3.0,
-    marginal_max=0.18,
-    marginal_distance=0.10,
-    classes_lost=0,
-    estimate_base=0.55,
-    estimate_candidate=0.75,
-)
 
 
 def judged(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import good_evidence
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,19 +14,8 @@ from orchestrator.messages import Analysis, Compared, GateDecision, GateEvidence
 from orchestrator.settings import HealSettings
 from orchestrator.state import from_plain, to_plain
 
-GOOD = GateEvidence(
-    candidate="d1",
-    instances=400,
-    reference_base=0.90,
-    reference_candidate=0.86,
-    reference_share=0.25,
-    shift_base=12.0,
-    shift_candidate=3.0,
-    marginal_max=0.18,
-    marginal_distance=0.10,
-    classes_lost=0,
-    estimate_base=0.55,
-    estimate_candidate=0.75,
+GOOD = replace(
+    good_evidence.GOOD,
     metric_base=0.90,
     metric_candidate=0.86,
     look_instances=500,
