@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from orchestrator.gate_groups import ESTIMATE_SLACK, ROUNDING, SIGNIFICANCE, Check, class_checks, segment_checks
 from orchestrator.messages import Analysis, GateDecision, GateEvidence, Kind
-from orchestrator.metric import sign_test
+from orchestrator.metric import Z_95, sign_test
 from orchestrator.settings import HealSettings
 
 MIN_INSTANCES = 32  # below this a class share has a standard error of 9 points: no evidence either way
@@ -26,12 +26,10 @@ MAX_DISTANCE = 0.3
 # and a class that left the traffic is no loss.
 MAX_TOP_SHARE_PRIOR_SHIFT = 0.95
 
-BOUND_Z = 1.645  # one-sided 95%
 POWER_Z = 0.842  # a chance of 80% to see what is there
 LEAST_EDGE = 0.1  # of wins over losses that anybody would label for: 619 labels
 
-# Checks that stand in for labels, and give way to enough of them.
-PROXIES = ("residual shift", "estimated accuracy", "accuracy at least", "p of harm to class", "estimated gain")
+PROXIES = ("residual shift", "estimated accuracy", "accuracy at least")  # checks that give way to a gain by labels
 
 _MEASURED = (
     "reference_base",
@@ -72,7 +70,7 @@ def decide(evidence: GateEvidence, kind: Kind, settings: HealSettings) -> GateDe
     failed = [(check[0], words) for check, words in results if not check[3]]
     if failed:
         message = "; ".join(words for _, words in failed)
-        if all(name.startswith(PROXIES) for name, _ in failed):
+        if all(name in PROXIES for name, _ in failed):
             message += _what_would_help(evidence)
         return GateDecision(Analysis.FAILED, message, provisional=False, checks=checks)
     passed = ", ".join(f"{name} {value:.3f} (limit {limit:.3f})" for name, value, limit, _ in checks)
@@ -88,7 +86,7 @@ def labels_needed(evidence: GateEvidence) -> int:
         return 0
     gain = abs(evidence.estimate_candidate - evidence.estimate_base)
     edge = min(1.0, max(gain * evidence.instances / evidence.disagreements, LEAST_EDGE))  # wins less losses, per label
-    return math.ceil((BOUND_Z + POWER_Z) ** 2 / edge**2)
+    return math.ceil((Z_95 + POWER_Z) ** 2 / edge**2)
 
 
 def _what_would_help(evidence: GateEvidence) -> str:
@@ -147,7 +145,7 @@ def _bound_check(evidence: GateEvidence, kind: Kind) -> tuple[Check, str]:
     Where they do not, its limit is 0: an estimate's width alone is no evidence of harm. Under a concept drift those
     rows' labels are of the old world, and confirm nothing.
     """
-    highest = evidence.look_change + BOUND_Z * evidence.look_change_error
+    highest = evidence.look_change + Z_95 * evidence.look_change_error
     limit = float(evidence.estimate_base) if highest < 0.0 and kind is not Kind.CONCEPT else 0.0
     value = float(evidence.estimate_bound)
     words = (

@@ -17,6 +17,7 @@ Array = NDArray[Any]
 Metric = str | dict[str, Any]  # as `ModelSpec.metric` holds it
 
 NUM_SWAPS = 2000  # resamples of a swap test: p is known to 0.5 points at 0.05
+Z_95 = 1.645  # one-sided, of a normal distribution
 UNNAMED_COST = 1.0  # of a mistake that a cost table leaves out
 
 

@@ -15,14 +15,12 @@ import numpy as np
 from torch import nn
 
 from orchestrator.messages import Compared, SegmentEstimate
-from orchestrator.metric import f1, metric_name, score, sign_test, swap_test
+from orchestrator.metric import Z_95, f1, metric_name, score, sign_test, swap_test
 from tuning.buffer import UNLABELLED, Buffer
 from tuning.scoring import predict
 from tuning.workbench import Workbench, known_labels
 
-LOOK_ROWS = (
-    500  # of the reference's gate part, through base and candidate: 1,000 passes, 3 s of one core for a ResNet-18
-)
+JUDGED_ROWS = 500  # of the reference's gate part, each through base and candidate: 1,000 forward passes
 MAX_KEPT = 32  # classes kept in the evidence, which the journal repeats: those that fared worst
 MIN_BOUND_ROWS = 32  # of either sample, for a normal approximation of their means
 MIN_ESTIMATE_ROWS = 32  # of a segment, as of the whole gate part
@@ -30,7 +28,6 @@ MIN_SHARE_ROWS = 64  # of a segment, to tell how much of it looks like the refer
 Chances = tuple[np.ndarray, np.ndarray]  # answers int64 (N,) and estimated chances of being right, float (N,)
 UNNAMED = "unnamed"  # stands for the segment of rows that name none
 MAX_ASKED = 20  # ids of instances whose labels are asked for
-BOUND_Z = 1.645  # one-sided 95%
 SHARE_Z = 2.326  # one-sided 99%: the worst of some segments is taken
 
 
@@ -51,7 +48,7 @@ class LookRows:
 
 
 def see_look_rows(bench: Workbench, twin: nn.Module) -> LookRows:
-    """At most LOOK_ROWS rows of the reference's gate part through both models.
+    """At most JUDGED_ROWS rows of the reference's gate part through both models.
 
     Where there are more, each class gives as many as the others until it has no more: the power to see a class get
     worse lies in its own rows.
@@ -71,12 +68,12 @@ def see_look_rows(bench: Workbench, twin: nn.Module) -> LookRows:
 
 
 def _balanced_rows(labels_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Row numbers in order; of each class at most the number at which all of them make LOOK_ROWS."""
+    """Row numbers in order; of each class at most the number at which all of them make JUDGED_ROWS."""
     counts_K = np.bincount(labels_N)
     order = rng.permutation(len(labels_N))
-    cap = max((c for c in range(1, LOOK_ROWS + 1) if np.minimum(counts_K, c).sum() <= LOOK_ROWS), default=0)
+    cap = max((c for c in range(1, JUDGED_ROWS + 1) if np.minimum(counts_K, c).sum() <= JUDGED_ROWS), default=0)
     if cap == 0:  # more classes than rows: none of them can be judged, all of them together can
-        return np.sort(order[:LOOK_ROWS])
+        return np.sort(order[:JUDGED_ROWS])
     kept = [order[labels_N[order] == k][:cap] for k in np.flatnonzero(counts_K)]
     return np.sort(np.concatenate(kept))
 
@@ -244,7 +241,7 @@ def estimate_bound(confidence_N: np.ndarray, rows: LookRows, look_confidence_M: 
     right_M = rows.candidate_NK.argmax(axis=1) == rows.labels_N
     gap_M = rows.weights_N * (right_M - look_confidence_M)
     error = np.hypot(_standard_error(confidence_N), _standard_error(gap_M))
-    return float(np.clip(confidence_N.mean() + min(0.0, float(gap_M.mean())) - BOUND_Z * error, 0.0, 1.0))
+    return float(np.clip(confidence_N.mean() + min(0.0, float(gap_M.mean())) - Z_95 * error, 0.0, 1.0))
 
 
 def _standard_error(values_N: np.ndarray) -> float:

@@ -8,6 +8,7 @@ average over the whole stream (`tuning.objective.recompute_statistics`), the kin
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,7 +56,7 @@ class Given:
     rate: float = 1.0
 
 
-class Peer:
+class Peer(ABC):
     """A method: sees the stream batch by batch, answers each batch at once, and can be frozen afterwards.
 
     Attributes:
@@ -103,8 +104,9 @@ class Peer:
         recompute_statistics(self.module, self.layers, self.stream(), self.given.device)
         return self.module
 
+    @abstractmethod
     def _step(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Logits of a batch, and one step of learning from it."""
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from orchestrator.spec import load_spec
 from orchestrator.storage import open_storage
 from tuning.adapter_format import PREFIX, merged_twin
 from tuning.finish import measure
-from tuning.paired import LOOK_ROWS, _balanced_rows, compare_classes, segment_evidence
+from tuning.paired import JUDGED_ROWS, _balanced_rows, compare_classes, segment_evidence
 from tuning.prepare import prepare_base
 from tuning.records import read_evidence, write_evidence
 from tuning.scoring import predict
@@ -181,9 +181,9 @@ def test_rare_classes_keep_all_their_rows():
     rows = _balanced_rows(labels, np.random.default_rng(0))
     counts = np.bincount(labels[rows])
     assert counts.tolist() == [240, 240, 20]
-    assert counts.sum() <= LOOK_ROWS
+    assert counts.sum() <= JUDGED_ROWS
     assert len(_balanced_rows(labels[::5], np.random.default_rng(0))) == len(labels[::5])
-    assert len(_balanced_rows(np.arange(900), np.random.default_rng(0))) == LOOK_ROWS
+    assert len(_balanced_rows(np.arange(900), np.random.default_rng(0))) == JUDGED_ROWS
 
 
 def test_classes_are_ordered_by_how_they_fared():
