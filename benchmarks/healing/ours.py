@@ -24,7 +24,7 @@ from tuning.adapter import merged_twin
 from tuning.finish import measure, register_winner
 from tuning.scoring import choose_winner, predict
 from tuning.sequential import run_trials
-from tuning.workbench import Workbench, load_workbench
+from tuning.workbench import Workbench
 
 
 @dataclass
@@ -53,11 +53,10 @@ class Outcome:
         return asdict(self)
 
 
-def search(scene: Scene, world: World) -> Outcome:
+def search(scene: Scene, world: World, bench: Workbench) -> Outcome:
     """Runs the search and the gate on a scene."""
     started_s = time.time()
     found = Outcome(scene)
-    bench = load_workbench(world.storage, world.request, keep=False)
     base_score = bench.score(bench.module, [])["score"]
     _score(found, "base", bench, bench.module, world)
     found.scores["base"] = base_score

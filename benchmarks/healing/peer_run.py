@@ -119,5 +119,5 @@ def stream_parts(num_rows: int, batch: int) -> Iterator[slice]:
 
 
 def load(world: World) -> Workbench:
-    """The workbench of a scene's search, kept nowhere."""
-    return load_workbench(world.storage, world.request, keep=False)
+    """The workbench of a scene's search; this process keeps it, so that the gate finds it and its look."""
+    return load_workbench(world.storage, world.request)

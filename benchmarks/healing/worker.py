@@ -46,7 +46,7 @@ def run_scene(job: Job) -> Found:
     base = measure_base(bench, world)
     outcome, results = None, []
     if OURS in job.methods:
-        outcome = search(scene, world)
+        outcome = search(scene, world, bench)
         (job.out / f"{name}.json").write_text(json.dumps(outcome.plain()))
         results.append(_keep(as_result(outcome, base), name, job.out))
     for result in run_peers(scene, world, [m for m in job.methods if m != OURS], job.tune, bench, base):
