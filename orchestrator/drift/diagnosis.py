@@ -41,6 +41,9 @@ NORMAL_P = 0.05  # all p-values above this: the alarm was false
 DISPERSION = 4.0  # of class counts, in those of independent traffic
 SUSPICIOUS_GROWTH = 3.0  # a source that strays and sends this many times its former share of the traffic floods
 HARM_SIGMAS = 2.0  # standard errors by which the estimated loss must clear the threshold, on either side
+# Total variation of the shares of predicted classes. A model that calls most of its inputs one class may do so with all
+# the confidence it ever had: no estimate from confidence sees that, and answers that moved this far did not stay right.
+MAX_BENIGN_CHANGE = 0.3
 
 
 def diagnose(
@@ -108,18 +111,22 @@ def diagnose_failures(alarm: Alarm) -> Diagnosis:
 def _evidence(case: Case, loss: LossEstimate) -> dict[str, Any]:
     baseline, summary = case.baseline, case.summary
     estimates = estimate_accuracies(baseline, summary)
-    change = 0.5 * float(np.abs(summary.class_shares_K - baseline.class_shares_K).sum())
     numbers = {
         "outputs_p": outputs_p(baseline, case.evidence),
         "inputs_p": inputs_p(baseline, case.evidence),
         "classes_p": classes_p(baseline, case.evidence.classes_K, DISPERSION),
-        "class_share_change": change,
+        "class_share_change": _class_share_change(case),
         **{f"{name}_share": summary.check_counts[name] / max(summary.count, 1) for name in CHECKS},
         **{f"accuracy_{name}": value for name, value in estimates.items() if math.isfinite(value)},
         **({"loss_standard_error": loss.standard_error} if math.isfinite(loss.standard_error) else {}),
         **({"growth": case.growth} if math.isfinite(case.growth) else {}),
     }
     return {"scope": case.alarm.scope, "returned": case.alarm.returned, **{k: float(v) for k, v in numbers.items()}}
+
+
+def _class_share_change(case: Case) -> float:
+    """Total variation between the shares of predicted classes now and in normal traffic, 0..1."""
+    return 0.5 * float(np.abs(case.summary.class_shares_K - case.baseline.class_shares_K).sum())
 
 
 def _on(case: Case, window: Window | None) -> Case:
@@ -206,6 +213,10 @@ def _weigh_harm(case: Case, loss: LossEstimate, final: bool) -> Finding | None:
     words = f"estimated loss {loss.loss:.3f} +- {loss.standard_error:.3f}"
     if loss.loss - margin >= limit:
         reason = f"inputs changed ({_inequality(case.alarm)}), {words} >= {limit:.3f}"
+        return Finding(Kind.COVARIATE_HARMFUL, reason, {})
+    moved, classes = _class_share_change(case), classes_p(case.baseline, case.evidence.classes_K, DISPERSION)
+    if moved > MAX_BENIGN_CHANGE and classes <= PASSED_P:
+        reason = f"inputs changed and predicted classes moved by {moved:.2f} > {MAX_BENIGN_CHANGE}, whatever the {words}"
         return Finding(Kind.COVARIATE_HARMFUL, reason, {})
     if loss.loss + margin < limit:
         return Finding(Kind.COVARIATE_BENIGN, f"inputs changed, {words} < {limit:.3f}", {})

@@ -148,3 +148,19 @@ def test_failing_requests_are_an_outage_or_one_replicas_fault():
 
 def test_too_few_instances_are_unknown():
     assert kind_of(WORLD.sample(20, shift=1.0)).kind is Kind.UNKNOWN
+
+
+def test_answers_that_collapse_to_one_class_are_harmful_however_sure_the_model_is():
+    sample, settings = WORLD.sample(512), HealSettings(harm_threshold=0.05)
+    means_NC = sample.channel_means_NC + 15.0
+    # Half of what was another class is called class 0, with the confidence that each answer had.
+    order_NK = np.argsort(-sample.logits_NK, axis=1)
+    logits_NK = sample.logits_NK.copy()
+    for i in np.flatnonzero((order_NK[:, 0] != 0) & (np.arange(512) % 3 > 0)):
+        logits_NK[i, [0, order_NK[i, 0]]] = logits_NK[i, [order_NK[i, 0], 0]]
+    collapsed = replace(sample, logits_NK=logits_NK)
+    w = window(BASELINE, collapsed, channel_means_NC=means_NC, channel_squares_NC=means_NC**2 + 40.0**2)
+    found = diagnose(BASELINE, w, ALARM, 2, settings)
+    assert found.kind is Kind.COVARIATE_HARMFUL
+    assert found.estimated_loss < 0.05
+    assert "predicted classes moved" in found.reason
