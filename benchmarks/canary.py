@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--losses", type=Fraction, default=Fraction("0.05"))
     parser.add_argument("--alpha", type=float, default=0.01, help="of the first canary")
     parser.add_argument("--canaries", type=int, default=CANARIES)
-    parser.add_argument("--horizon", type=int, default=300, help="labelled disagreements of a canary without difference")
+    parser.add_argument("--horizon", type=int, default=300, help="labels of a canary without difference")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, p_win = np.random.default_rng(args.seed), float(args.wins / (args.wins + args.losses))
@@ -69,7 +69,7 @@ def main() -> None:
         called = (better <= MAX_LABELS) & (better < worse)
         print(
             f"  {name} canary (alpha {alpha:.2g}): median {np.median(better):.0f}, 90% {np.quantile(better, 0.9):.0f} "
-            f"labelled disagreements; called better {called.mean():.4f}, taken back before {(worse < better).mean():.4f}"
+            f"labelled disagreements; called better {called.mean():.4f}, worse {(worse < better).mean():.4f}"
         )
     better, _ = play(0.5, args.alpha, args.horizon, args.canaries, rng)
     false = int((better <= args.horizon).sum())

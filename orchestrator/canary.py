@@ -1,8 +1,8 @@
-"""Is the new version better than the old one? A bet on every labelled disagreement, valid whenever it is looked at. Pure.
+"""Is the new version better than the old? A bet on every labelled disagreement, valid whenever it is looked at. Pure.
 
 Old and new answer the same inputs. Where they agree a label tells nothing of which is better, so only disagreements
-are asked about: a *win* where the new version is right and the old one wrong, a *loss* the other way round. Were the new
-one no better, a decided disagreement would be a win with probability p <= 1/2 at most.
+are asked about: a *win* where the new version is right and the old one wrong, a *loss* the other way round. Were the
+new one no better, a decided disagreement would be a win with probability p <= 1/2 at most.
 
 The bet is the likelihood ratio of p against 1/2, averaged over p uniform in (1/2, 1). Its expectation is at most 1 for
 any p <= 1/2, after any number of labels, so it ever reaches 1 / alpha with probability alpha at most (Ville 1939): one
@@ -79,7 +79,7 @@ class PairedTest:
 def evidence(wins: int, losses: int) -> float:
     """The e-value of p > 1/2: the mean over p in (1/2, 1) of (2p)^wins (2 (1 - p))^losses; >= 0, 1 without labels.
 
-    With n = wins + losses it is the sum of C(n + 1, i) over i <= wins, over (n + 1) C(n, wins): whole numbers, no rounding.
+    With n = wins + losses it is the sum of C(n + 1, i) over i <= wins, over (n + 1) C(n, wins): in whole numbers.
 
     Raises:
         ValueError: a negative count.
@@ -102,8 +102,8 @@ def evidence(wins: int, losses: int) -> float:
 def level(alpha: float, number: int, earlier_gains: int) -> float:
     """Alpha of a service's n-th comparison, so that false gains stay a small share of all gains it ever reports.
 
-    alpha_n = alpha (1 + earlier gains) / n^2: the first has `alpha` itself; a service whose heals prove themselves loses
-    1 / n, one whose heals do not loses 1 / n^2. The false discovery rate over the whole life stays below
+    alpha_n = alpha (1 + earlier gains) / n^2: the first has `alpha` itself; it falls as 1 / n in a service whose heals
+    prove themselves, as 1 / n^2 in one whose heals do not. The false discovery rate over the whole life stays below
     alpha pi^2 / 6, however the comparisons depend on each other.
 
     Args:

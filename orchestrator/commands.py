@@ -125,8 +125,8 @@ def _resume(state: State, observation: Observation, settings: HealSettings, comm
     resumed = replace(state, paused=False, paused_s=0.0)
     if episode is None:
         return resumed, ()
-    acked_s = None if episode.canary_acked_s is None else episode.canary_acked_s + slept_s
-    return update_episode(resumed, phase_s=episode.phase_s + slept_s, canary_acked_s=acked_s), ()
+    step_s = episode.step_s + slept_s if episode.step_s else 0.0
+    return update_episode(resumed, phase_s=episode.phase_s + slept_s, step_s=step_s), ()
 
 
 def _mode(state: State, observation: Observation, settings: HealSettings, command: Command) -> Outcome | str:

@@ -26,6 +26,7 @@ from orchestrator.drift.statistics import read
 from orchestrator.errors import HealError
 from orchestrator.fleet import Fleet
 from orchestrator.messages import BASE, Alarm, Command, Diagnosis, LabelArrived, Phase, Report, Target
+from orchestrator.pairs import Pairs
 from orchestrator.ports import Ports
 from orchestrator.settings import HealSettings, ServiceConfig
 from orchestrator.state import (
@@ -74,7 +75,8 @@ class Controller:
         self._monitor = Monitor(config.settings.arl_instances)
         self._commands: deque[Command] = deque()
         self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._labels: OrderedDict[str, tuple[str, bool]] = OrderedDict()
+        self._labels: OrderedDict[str, LabelArrived] = OrderedDict()
+        self._pairs = Pairs()
         self._label_test: LabelTest | None = None
         self._label_alarm: Alarm | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
@@ -94,15 +96,20 @@ class Controller:
             if self._fleet.admit(report, now_s) and report.base == self.config.base:
                 for window in report.windows:
                     self._monitor.absorb(report.replica_tag, window)
+                for pair in report.disagreements:
+                    self._pairs.take(pair, self._labels.get(pair.instance_id))
                 for label in report.labels:
                     self._take_label(label, now_s)
-            return replace(rollout.target(self._state, report.replica_tag), feedback_key=self._feedback_key)
+            target = rollout.target(self._state, report.replica_tag)
+            compare, share = rollout.comparison(self._state, report.replica_tag, self.settings)
+            return replace(target, feedback_key=self._feedback_key, compare=compare, compare_share=share)
 
     def _take_label(self, label: LabelArrived, now_s: float) -> None:
         """Count a label once, the first to come; those on the base are tested, whose accuracy is known."""
         if label.instance_id in self._labels:
             return
-        self._labels[label.instance_id] = (label.digest, label.prediction == label.label)
+        self._labels[label.instance_id] = label
+        self._pairs.join(label)
         while len(self._labels) > MAX_LABELS:
             self._labels.popitem(last=False)
         baseline = self._monitor.baseline(BASE)
@@ -135,6 +142,7 @@ class Controller:
         self._journal(state, actions)
         with self._lock:
             self._state = state
+            self._pairs.forget(observation.decided)
             while self._commands and self._commands[0].command_id in state.seen_commands:
                 self._commands.popleft()
         for action in actions:
@@ -161,6 +169,7 @@ class Controller:
                 search=search or NO_SEARCH,
                 gate=gate,
                 monitor_ready=self._monitor.has_baseline(state.stable),
+                decided=self._pairs.decided,
                 commands=tuple(self._commands),
                 canary_anomaly=self._canary_anomaly(state),
                 stable_published=self._stable_published,
@@ -336,13 +345,17 @@ class Controller:
         """What `GET /healing` answers."""
         with self._lock:
             now_s = self._clock()
-            right = sum(1 for _, correct in self._labels.values() if correct)
+            right = sum(1 for label in self._labels.values() if label.prediction == label.label)
+            test = self._state.test
             return {
                 "service": self.config.service,
                 "storage": self.config.storage,
                 "time_s": now_s,
                 "problem": self._problem,
                 "labels": {"joined": len(self._labels), "correct": right},
+                "comparison": None
+                if test is None
+                else {"outcome": test.outcome.value, "message": test.inequality(), **self._pairs.to_json(test)},
                 "reports": {"repeated": self._fleet.repeated, "lost": self._fleet.lost_reports()},
                 "replicas": self._fleet.to_json(now_s, self.settings.replica_lost_s),
                 "drift": self._monitor.statistic(),

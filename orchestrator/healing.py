@@ -4,10 +4,11 @@ Called by the controller on every pass, live and in rehearsal; knows no Ray, no 
 level-triggered: each pass compares what is wanted with what is observed, so lost, late and repeated messages change
 nothing, and an action is asked for again until its effect is seen. A pass does, in this order:
 
-1. revert: whatever makes it worse is taken back first, also when paused;
-2. obey: commands of people;
-3. advance: the open episode's phase, by the table `PHASES`; at most one transition a pass, nothing when paused;
-4. upkeep: what must hold in any phase (`stable.json` is current, the monitor forgets what was answered).
+1. count: labels that tell a new version from the old one;
+2. revert: whatever makes it worse is taken back first, also when paused;
+3. obey: commands of people;
+4. advance: the open episode's phase, by the table `PHASES`; at most one transition a pass, nothing when paused;
+5. upkeep: what must hold in any phase (`stable.json` is current, the monitor forgets what was answered).
 
     watching -> diagnosing -> searching -> gating -> (awaiting_approval) -> canary -> rolling -> baking -> watching
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from orchestrator import gate
+from orchestrator import confirm, gate
 from orchestrator.commands import handle_commands
 from orchestrator.messages import (
     BASE,
@@ -92,13 +93,15 @@ def plan(state: State, observation: Observation, settings: HealSettings) -> tupl
         The state to journal before anything else, and the actions to run then, in order. Equal arguments give equal
         results; a pass without news returns an equal state and no `Record`.
     """
-    after, actions = _revert(state, observation, settings)
+    counted, tallied = confirm.count_labels(state, observation)
+    after, actions = _revert(counted, observation, settings)
     if not actions:
-        after, actions = handle_commands(state, observation, settings)
+        after, actions = handle_commands(counted, observation, settings)
         moved = (after.phase, after.generation) != (state.phase, state.generation)
         if not moved and not after.paused:
             after, more = PHASES[after.phase](after, observation, settings)
             actions = (*actions, *more)
+    actions = (*tallied, *actions)
     return after, (*actions, *_upkeep(after, observation, actions))
 
 
@@ -121,12 +124,13 @@ def adopt_base(state: State, base: str) -> State:
         candidate=None,
         cohort=(),
         previous=None,
+        test=None,
         promoted=(),
         cooldown_until_s=0.0,
     )
 
 
-# ---------------------------------------------------------------- 1. revert
+# ---------------------------------------------------------------- 2. revert
 
 
 def _revert(state: State, observation: Observation, settings: HealSettings) -> Outcome:
@@ -142,8 +146,10 @@ def _revert(state: State, observation: Observation, settings: HealSettings) -> O
     if state.phase is Phase.CANARY:
         trouble = canary_trouble(state, observation, settings)
     elif state.phase in (Phase.ROLLING, Phase.BAKING):
-        trouble = observation.canary_anomaly
-    return abort(state, observation, settings, trouble) if trouble else (state, ())
+        trouble = observation.canary_anomaly or confirm.harm(state)
+    if trouble:
+        return abort(state, observation, settings, trouble)
+    return confirm.take_back(state, observation, settings)
 
 
 def _restore_base(state: State, observation: Observation, settings: HealSettings) -> Outcome:
@@ -156,13 +162,13 @@ def _restore_base(state: State, observation: Observation, settings: HealSettings
         state = update_episode(state, diagnosis=Diagnosis(Kind.NONE, RETURNED, alarm.instances))
     was = state.stable
     # A canary's generation counts as given out, so that it takes part in `next_generation` before it is dropped.
-    restored = replace(state, generation=next_generation(state), stable=BASE, previous=was)
+    restored = replace(state, generation=next_generation(state), stable=BASE, previous=was, test=None)
     body = {"generation": restored.generation, "digest": BASE, "previous": was, "reason": RETURNED}
     state, more = close(restored, observation, settings, Verdict.HEALED, RETURNED)
     return state, (*actions, Record("restored", body), *more)
 
 
-# ---------------------------------------------------------------- 3. advance
+# ---------------------------------------------------------------- 4. advance
 
 
 def _watching(state: State, observation: Observation, settings: HealSettings) -> Outcome:
@@ -349,7 +355,7 @@ PHASES: dict[Phase, Callable[[State, Observation, HealSettings], Outcome]] = {
 }
 
 
-# ---------------------------------------------------------------- 4. upkeep
+# ---------------------------------------------------------------- 5. upkeep
 
 
 def _upkeep(state: State, observation: Observation, planned: tuple[Action, ...]) -> tuple[Action, ...]:

@@ -127,6 +127,17 @@ class LabelArrived:
 
 
 @dataclass(frozen=True)
+class Disagreement:
+    """One instance that two versions answer differently, side by side on the same replica."""
+
+    instance_id: str
+    digest: str  # what was served
+    prediction: int
+    against: str  # what it was compared with
+    against_prediction: int
+
+
+@dataclass(frozen=True)
 class Report:
     """One heartbeat of one replica.
 
@@ -143,6 +154,8 @@ class Report:
     versions: tuple[str, ...]  # every digest it can serve at once
     windows: tuple[Window, ...] = ()
     labels: tuple[LabelArrived, ...] = ()
+    disagreements: tuple[Disagreement, ...] = ()
+    compared: int = 0  # instances answered by two versions since the incarnation began
     requests: int = 0  # since the incarnation began
     instances: int = 0
     errors: int = 0
@@ -160,6 +173,8 @@ class Target:
     versions: tuple[str, ...] = (BASE,)  # digests every replica serves on request and keeps warm
     cohort: str = "stable"  # or "canary"
     feedback_key: bytes = b""  # HMAC key of the feedback tokens
+    compare: str = ""  # digest that answers a sample of the served requests as well; "" for none
+    compare_share: float = 0.0  # of requests, 0..1
 
 
 # ---------------------------------------------------------------- drift -> plan

@@ -6,68 +6,117 @@ time: what cannot be shown to work is not rolled out.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from orchestrator.canary import Bet
+from orchestrator.confirm import harm
 from orchestrator.messages import Verdict
 from orchestrator.rollout import acked, applied, live
-from orchestrator.settings import HealSettings
-from orchestrator.state import Observation, Record, ReplicaView, State
-from orchestrator.transitions import Outcome, abort, close, enter_rolling, promote, update_episode
+from orchestrator.settings import HealSettings, parse_steps
+from orchestrator.state import Canary, Observation, Record, ReplicaView, State
+from orchestrator.transitions import Outcome, abort, close, enter_rolling, promote, update_episode, widen_canary
 
 SETTLE_HEARTBEATS = 3  # an orchestrator that just started has heard from all replicas after this many heartbeats
 
 
 def canary_trouble(state: State, observation: Observation, settings: HealSettings) -> str:
     """Why the canary must not go on, in words; empty when all is well."""
+    assert state.episode is not None
+    troubles = (_trouble(state, canary, observation, settings) for canary in state.episode.canaries)
+    first = next(filter(None, troubles), "")
+    if first or not observation.canary_anomaly:
+        return first or harm(state)
+    return f"canary {_names(state.episode.canaries)}: {observation.canary_anomaly}"
+
+
+def _trouble(state: State, canary: Canary, observation: Observation, settings: HealSettings) -> str:
     episode = state.episode
     assert episode is not None
-    tag, now_s = episode.canary_tag, observation.now_s
-    view = _canary(state, observation)
+    tag, now_s, view = canary.tag, observation.now_s, _view(state, canary, observation)
     heard_s = max(observation.observing_since_s, episode.phase_s) if view is None else view.last_seen_s
     if now_s - heard_s > settings.replica_lost_s:
         return f"canary {tag} lost: silent for {now_s - heard_s:.1f} s > {settings.replica_lost_s:.1f} s"
     if view is None:
         return ""
-    if view.incarnation != episode.canary_incarnation:
+    if view.incarnation != canary.incarnation:
         return f"canary {tag} restarted"
     if view.failure:
         return f"canary {tag} could not apply generation {state.candidate_generation}: {view.failure}"
-    if observation.canary_anomaly:
-        return f"canary {tag}: {observation.canary_anomaly}"
-    if episode.canary_acked_s is not None and view.errors > episode.canary_errors:
-        return f"canary {tag}: {view.errors - episode.canary_errors} new errors > 0"
+    if canary.acked_s is not None and view.errors > canary.errors:
+        return f"canary {tag}: {view.errors - canary.errors} new errors > 0"
     return ""
 
 
-def _canary(state: State, observation: Observation) -> ReplicaView | None:
-    assert state.episode is not None
-    tag = state.episode.canary_tag
-    return next((r for r in observation.replicas if r.tag == tag and r.base in ("", state.base)), None)
+def _view(state: State, canary: Canary, observation: Observation) -> ReplicaView | None:
+    return next((r for r in observation.replicas if r.tag == canary.tag and r.base in ("", state.base)), None)
+
+
+def _names(canaries: tuple[Canary, ...]) -> str:
+    return ", ".join(canary.tag for canary in canaries)
 
 
 def watch_canary(state: State, observation: Observation, settings: HealSettings) -> Outcome:
-    """Wait for the canary's ack, then for its traffic. `_revert` has seen to all that is wrong with it."""
-    episode, view = state.episode, _canary(state, observation)
+    """Wait for the canaries' acks, then for their traffic, step by step; labels that prove the gain end the wait.
+
+    `_revert` has seen to all that is wrong with them.
+    """
+    assert state.episode is not None
+    if not state.episode.step_s:
+        return _await_canaries(state, observation, settings)
+    if state.test is not None and state.test.outcome is Bet.BETTER:
+        return enter_rolling(state, observation, f"labels: {state.test.inequality()}")
+    return _await_traffic(state, observation, settings)
+
+
+def _await_canaries(state: State, observation: Observation, settings: HealSettings) -> Outcome:
+    episode, now_s = state.episode, observation.now_s
     assert episode is not None
-    now_s, limit_s = observation.now_s, settings.canary_max_s
-    if episode.canary_acked_s is None:
-        if view is not None and applied(state, view):
+    acked, records = [], []
+    for canary in episode.canaries:
+        view = _view(state, canary, observation)
+        if canary.acked_s is None and view is not None and applied(state, view):
+            canary = replace(canary, acked_s=now_s, instances=view.instances, errors=view.errors)
             body = {"episode": episode.id, "canary": view.tag, "generation": view.generation}
-            state = update_episode(
-                state, canary_acked_s=now_s, canary_instances=view.instances, canary_errors=view.errors
-            )
-            return state, (Record("canary_acked", body),)
-        if now_s - episode.phase_s > limit_s:
-            reason = (
-                f"canary {episode.canary_tag} did not apply generation {state.candidate_generation} in {limit_s:.0f} s"
-            )
-            return abort(state, observation, settings, reason)
+            records.append(Record("canary_acked", body))
+        acked.append(canary)
+    if records:
+        step_s = now_s if all(c.acked_s is not None for c in acked) else 0.0
+        return update_episode(state, canaries=tuple(acked), step_s=step_s), tuple(records)
+    if now_s - episode.phase_s <= settings.canary_max_s:
         return state, ()
-    served = view.instances - episode.canary_instances if view is not None else 0
-    if served >= settings.canary_instances:
-        return enter_rolling(state, observation, f"canary served {served} >= {settings.canary_instances} instances")
-    if now_s - episode.canary_acked_s > limit_s:
-        reason = f"inconclusive: canary served {served} < {settings.canary_instances} instances in {limit_s:.0f} s"
+    late = tuple(canary for canary in episode.canaries if canary.acked_s is None)
+    reason = (
+        f"canary {_names(late)} did not apply generation {state.candidate_generation} in {settings.canary_max_s:.0f} s"
+    )
+    return abort(state, observation, settings, reason)
+
+
+def _await_traffic(state: State, observation: Observation, settings: HealSettings) -> Outcome:
+    """The next step after enough instances and time in this one; inconclusive where traffic stays away."""
+    episode = state.episode
+    assert episode is not None
+    served = 0
+    for canary in episode.canaries:
+        view = _view(state, canary, observation)
+        served += view.instances - canary.instances if view is not None else 0
+    waited_s, wanted = observation.now_s - episode.step_s, settings.canary_instances * (episode.canary_step + 1)
+    if served >= wanted and waited_s >= settings.canary_step_s:
+        return _next_step(state, observation, settings, f"canary served {served} >= {wanted} instances")
+    if served < wanted and waited_s > settings.canary_max_s + settings.canary_step_s:
+        limit_s = settings.canary_max_s + settings.canary_step_s
+        reason = f"inconclusive: canary served {served} < {wanted} instances in {limit_s:.0f} s"
         return abort(state, observation, settings, reason)
     return state, ()
+
+
+def _next_step(state: State, observation: Observation, settings: HealSettings, why: str) -> Outcome:
+    """The first later step that has replicas to add; all replicas where none has."""
+    assert state.episode is not None
+    for step in range(state.episode.canary_step + 1, len(parse_steps(settings.canary_steps))):
+        wider, records = widen_canary(state, observation, settings, step)
+        if records:
+            return wider, records
+    return enter_rolling(state, observation, why)
 
 
 def await_acks(state: State, observation: Observation, settings: HealSettings) -> Outcome:
@@ -98,4 +147,6 @@ def bake(state: State, observation: Observation, settings: HealSettings) -> Outc
         return state, ()
     message = episode.gate.message if episode.gate else ""
     label = "provisional until labels confirm it: " if episode.provisional else "confirmed by labels: "
+    if state.test is not None and state.test.outcome is Bet.BETTER:
+        message = f"{state.test.inequality()}; {message}"
     return close(state, observation, settings, Verdict.HEALED, label + message)

@@ -6,10 +6,12 @@ every change of mind, also a rollback, is a new generation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+from orchestrator.canary import Bet
 from orchestrator.messages import BASE, Target
-from orchestrator.settings import HealSettings
+from orchestrator.settings import HealSettings, parse_steps
 from orchestrator.state import ALL_REPLICAS, ReplicaView, State
 
 
@@ -28,7 +30,7 @@ def versions(state: State) -> tuple[str, ...]:
 
 
 def target(state: State, replica_tag: str) -> Target:
-    """What one replica should serve. The caller adds the feedback key."""
+    """What one replica should serve. The caller adds the feedback key and the `comparison`."""
     if in_cohort(state, replica_tag):
         assert state.candidate is not None
         cohort = "stable" if state.cohort == ALL_REPLICAS else "canary"
@@ -60,9 +62,29 @@ def acked(state: State, replicas: Iterable[ReplicaView], now_s: float, settings:
     return bool(alive) and all(applied(state, replica) for replica in alive)
 
 
-def choose_canary(
-    state: State, replicas: Iterable[ReplicaView], now_s: float, settings: HealSettings
-) -> ReplicaView | None:
-    """The live replica with the smallest tag, healthy ones before those that report a failure; None without any."""
+def choose_canaries(
+    state: State, replicas: Iterable[ReplicaView], now_s: float, settings: HealSettings, step: int
+) -> tuple[ReplicaView, ...]:
+    """The live replicas of a canary step: healthy ones before those that report a failure, then by tag.
+
+    Args:
+        state: its cohort stays in.
+        replicas: as last heard of.
+        now_s: seconds since the epoch.
+        settings: `canary_steps`.
+        step: from 0.
+    """
     alive = live(state, replicas, now_s, settings)
-    return min(alive, key=lambda r: (bool(r.failure), r.tag), default=None)
+    size = parse_steps(settings.canary_steps)[step]
+    wanted = math.ceil(size * len(alive)) if isinstance(size, float) else size
+    return tuple(sorted(alive, key=lambda r: (r.tag not in state.cohort, bool(r.failure), r.tag))[:wanted])
+
+
+def comparison(state: State, replica_tag: str, settings: HealSettings) -> tuple[str, float]:
+    """What a replica's served version is compared with, and on which share of requests; "" and 0 for nothing."""
+    test = state.test
+    if test is None or test.outcome is not Bet.UNDECIDED or test.full:
+        return "", 0.0
+    if in_cohort(state, replica_tag) and state.candidate == test.digest:
+        return test.against, settings.compare_share
+    return (test.against, settings.confirm_share) if state.stable == test.digest else ("", 0.0)

@@ -51,12 +51,29 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     raise SpecError(f"{name} must be {expected}; got {value!r}")
 
 
+def parse_steps(text: str) -> tuple[int | float, ...]:
+    """Canary steps: whole numbers of replicas, or shares 0..1 of the live ones where the text has a per cent sign.
+
+    Raises:
+        SpecError: a step is neither; the message names it.
+    """
+    steps: list[int | float] = []
+    for word in (part.strip() for part in text.split(",")):
+        number, share = word.removesuffix("%").strip(), word.endswith("%")
+        if not (number.isascii() and number.isdecimal()) or int(number) < 1 or (share and int(number) > 100):
+            raise SpecError(f"canary_steps must be numbers >= 1 or shares like 25%, with commas between; got {text!r}")
+        steps.append(int(number) / 100.0 if share else int(number))
+    return tuple(steps)
+
+
 _POSITIVE = ("arl_instances", "diagnosis_instances", "buffer_instances", "min_buffer_instances", "num_trials")
-_SECONDS = ("buffer_wait_s", "search_budget_s", "gate_timeout_s", "canary_max_s", "roll_timeout_s", "bake_s")
+_SECONDS = ("buffer_wait_s", "search_budget_s", "gate_timeout_s", "canary_step_s", "canary_max_s", "roll_timeout_s")
+_PATIENCE = ("bake_s", "cooldown_s", "approval_timeout_s", "replica_lost_s", "snapshot_s")
 _RANGES: dict[str, tuple[float, float]] = {  # of numbers, both ends included
     **dict.fromkeys((*_POSITIVE, "trial_epochs"), (1, math.inf)),
-    **dict.fromkeys((*_SECONDS, "cooldown_s", "approval_timeout_s", "replica_lost_s", "snapshot_s"), (0, math.inf)),
+    **dict.fromkeys((*_SECONDS, *_PATIENCE), (0, math.inf)),
     **dict.fromkeys(("max_clean_loss", "max_unweighted_clean_loss", "harm_threshold"), (0, 1)),
+    **dict.fromkeys(("compare_share", "confirm_share"), (0, 1)),
     **dict.fromkeys(("canary_instances", "seed"), (0, math.inf)),
 }
 
@@ -87,8 +104,22 @@ class HealSettings:
     trial_epochs: int = _setting(8, "epochs of a trial at most")
     trial_device: str = _setting("auto", "auto: spare GPUs, CPU where the cluster has none; cpu; cuda")
     gate_timeout_s: float = _setting(300.0, "seconds a gate measurement may take")
-    canary_instances: int = _setting(64, "instances the canary must serve before the rest follows")
-    canary_max_s: float = _setting(60.0, "seconds after which a canary without enough traffic is inconclusive")
+    canary_steps: str = _setting(
+        "1, 25%", "replicas that serve a candidate before all do, step by step: numbers or shares of the live ones"
+    )
+    canary_instances: int = _setting(64, "instances the canaries must serve in each step")
+    canary_step_s: float = _setting(0.0, "seconds that each step takes at least")
+    canary_max_s: float = _setting(60.0, "seconds after which a step without enough traffic is inconclusive")
+    canary_alpha: float = _setting(
+        0.01,
+        "chance that labels call a first candidate better which is not; later ones share a budget: see docs/canary.md",
+    )
+    compare_share: float = _setting(
+        0.25, "share of a canary's requests that the stable version answers too, to find where labels would tell"
+    )
+    confirm_share: float = _setting(
+        0.02, "the same share after a promotion, on every replica, until labels confirmed or reverted it"
+    )
     roll_timeout_s: float = _setting(60.0, "seconds in which every live replica must ack")
     bake_s: float = _setting(5.0, "seconds to watch after the last ack")
     cooldown_s: float = _setting(600.0, "seconds without a new episode after a verdict that changed nothing")
@@ -115,6 +146,9 @@ class HealSettings:
                 raise SpecError(f"{name} must be {' or '.join(allowed)}; got {getattr(self, name)!r}")
         if self.labels not in ("none", "all") and not self.labels.isdecimal():
             raise SpecError(f"labels must be none, all or a number; got {self.labels!r}")
+        if not 0 < self.canary_alpha < 1:
+            raise SpecError(f"canary_alpha must be in (0, 1); got {self.canary_alpha}")
+        parse_steps(self.canary_steps)
         if self.min_buffer_instances > self.buffer_instances:
             raise SpecError(
                 f"min_buffer_instances must be <= buffer_instances ({self.buffer_instances}); "

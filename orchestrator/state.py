@@ -14,6 +14,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
+from orchestrator.canary import PairedTest
 from orchestrator.messages import (
     BASE,
     Alarm,
@@ -32,6 +33,17 @@ from orchestrator.settings import SCHEMA_VERSION
 
 ALL_REPLICAS = ("*",)  # a cohort of every replica, also those that are yet to come
 NO_SEARCH = SearchStatus(state="absent")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One replica that serves a candidate ahead of the others. Counters as they stood at its ack."""
+
+    tag: str
+    incarnation: str
+    acked_s: float | None = None
+    instances: int = 0
+    errors: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,9 @@ class Episode:
     gate: GateDecision | None = None
     winner: str | None = None
     winner_trial: TrialResult | None = None
-    canary_tag: str = ""
-    canary_incarnation: str = ""
-    canary_acked_s: float | None = None
-    canary_instances: int = 0  # the canary's counter at its ack
-    canary_errors: int = 0
+    canaries: tuple[Canary, ...] = ()
+    canary_step: int = 0  # of `HealSettings.canary_steps`, from 0
+    step_s: float = 0.0  # when the step's last canary acked; 0 before
     verdict: Verdict | None = None
     reason: str = ""
     provisional: bool = False
@@ -99,12 +109,15 @@ class State:
     candidate_generation: int = 0
     cohort: tuple[str, ...] = ()  # replica tags told to serve the candidate, or ALL_REPLICAS
     previous: str | None = None  # stable before the last promotion or rollback
+    test: PairedTest | None = None  # of the candidate, or of what was promoted until labels decide
+    tests_begun: int = 0
+    tests_won: int = 0
     promoted: tuple[str, ...] = ()  # digests that passed the gate and were rolled out: what a rollback may name
     cooldown_until_s: float = 0.0
     monitor_reset_s: float = 0.0  # alarms raised before this are answered already
     seen_commands: tuple[str, ...] = ()  # ids of the last 256 handled
     episodes_opened: int = 0
-    last_verdict: dict[str, Any] | None = None  # episode, verdict, kind, reason, provisional, closed_s
+    last_verdict: dict[str, Any] | None = None  # episode, verdict, kind, reason, provisional, closed_s, digest
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: NaN and infinities as strings."""
@@ -144,6 +157,17 @@ class ReplicaView:
 
 
 @dataclass(frozen=True)
+class Decided:
+    """A label that arrived for an instance two versions disagree on."""
+
+    instance_id: str
+    digest: str
+    right: bool
+    against: str
+    against_right: bool
+
+
+@dataclass(frozen=True)
 class Observation:
     """The world as one pass sees it. Partial, late and repeated pieces are fine."""
 
@@ -156,6 +180,7 @@ class Observation:
     search: SearchStatus = NO_SEARCH  # of `healing.search_id(state)`
     gate: GateEvidence | None = None
     monitor_ready: bool = True  # there is a drift baseline of the stable digest
+    decided: tuple[Decided, ...] = ()  # each is observed in one pass only: the state counts it
     commands: tuple[Command, ...] = ()  # kept here until their ids are in `State.seen_commands`
     canary_anomaly: str = ""  # a guard metric out of bounds under the candidate, in words
     stable_published: tuple[int, str] | None = None  # what `stable.json` was last seen to hold

@@ -9,10 +9,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.canary import PairedTest, level
 from orchestrator.messages import BASE, Alarm, Phase, SearchRequest, Verdict
-from orchestrator.rollout import choose_canary
+from orchestrator.rollout import choose_canaries
 from orchestrator.settings import HealSettings
-from orchestrator.state import ALL_REPLICAS, Action, CancelSearch, Episode, Observation, Record, ResetMonitor, State
+from orchestrator.state import (
+    ALL_REPLICAS,
+    Action,
+    Canary,
+    CancelSearch,
+    Episode,
+    Observation,
+    Record,
+    ResetMonitor,
+    State,
+)
 
 Outcome = tuple[State, tuple[Action, ...]]
 
@@ -100,20 +111,42 @@ def enter(state: State, observation: Observation, phase: Phase, **details: Any) 
 
 
 def enter_canary(state: State, observation: Observation, settings: HealSettings) -> Outcome | None:
-    """Give the gated candidate a generation and one replica; None while no replica is alive."""
-    canary = choose_canary(state, observation.replicas, observation.now_s, settings)
-    if canary is None:
+    """Give the gated candidate a generation, its first canaries and a test; None while no replica is alive."""
+    assert state.candidate is not None
+    chosen = choose_canaries(state, observation.replicas, observation.now_s, settings, 0)
+    if not chosen:
         return None
-    state = replace(state, candidate_generation=next_generation(state), cohort=(canary.tag,))
-    state = update_episode(state, canary_tag=canary.tag, canary_incarnation=canary.incarnation, verdict=None, reason="")
+    number = state.tests_begun + 1
+    test = PairedTest(state.candidate, state.stable, level(settings.canary_alpha, number, state.tests_won))
+    cohort = tuple(view.tag for view in chosen)
+    state = replace(state, candidate_generation=next_generation(state), cohort=cohort, test=test, tests_begun=number)
+    canaries = tuple(Canary(view.tag, view.incarnation) for view in chosen)
+    state = update_episode(state, canaries=canaries, canary_step=0, step_s=0.0, verdict=None, reason="")
     return enter(
         state,
         observation,
         Phase.CANARY,
-        canary=canary.tag,
+        canary=", ".join(cohort),
         generation=state.candidate_generation,
         digest=state.candidate,
+        alpha=test.alpha,
     )
+
+
+def widen_canary(state: State, observation: Observation, settings: HealSettings, step: int) -> Outcome:
+    """The next step's replicas join those that serve the candidate; none, and no record, where it has no more."""
+    episode = state.episode
+    assert episode is not None
+    chosen = choose_canaries(state, observation.replicas, observation.now_s, settings, step)
+    fresh = tuple(Canary(view.tag, view.incarnation) for view in chosen if view.tag not in state.cohort)
+    if not fresh:
+        return state, ()
+    tags = tuple(canary.tag for canary in fresh)
+    state = replace(state, cohort=(*state.cohort, *tags))
+    canaries = (*episode.canaries, *fresh)
+    state = update_episode(state, canaries=canaries, canary_step=step, step_s=0.0, phase_s=observation.now_s)
+    body = {"episode": episode.id, "step": step, "canary": ", ".join(tags)}
+    return state, (Record("canary_widened", body),)
 
 
 def enter_rolling(state: State, observation: Observation, why: str) -> Outcome:
@@ -155,9 +188,9 @@ def abort(
         assert state.previous is not None
         # Not a rollback target any more: it was taken back for cause.
         kept = tuple(digest for digest in state.promoted if digest != state.stable)
-        state = replace(_serve(state, state.previous), previous=None, promoted=kept)
+        state = replace(serve(state, state.previous), previous=None, promoted=kept)
     elif state.cohort:
-        state = _serve(state, state.stable)
+        state = serve(state, state.stable)
     else:
         return close(state, observation, settings, verdict, reason)
     body = {"generation": state.generation, "digest": state.stable, "reason": reason}
@@ -168,7 +201,7 @@ def abort(
 def roll_back(state: State, observation: Observation, settings: HealSettings, digest: str, reason: str) -> Outcome:
     """Serve an old digest under a new generation; an open episode ends as aborted."""
     state = replace(
-        _serve(state, digest),
+        serve(state, digest),
         previous=state.stable if digest != state.stable else state.previous,
         # The loop must not undo at once what a person did.
         cooldown_until_s=observation.now_s + settings.cooldown_s,
@@ -181,7 +214,8 @@ def roll_back(state: State, observation: Observation, settings: HealSettings, di
     return state, (Record("rolled_back", body), *actions)
 
 
-def _serve(state: State, digest: str) -> State:
+def serve(state: State, digest: str) -> State:
+    """Serve a digest under a new generation; what was being rolled out or tested is dropped."""
     return replace(
         state,
         generation=next_generation(state),
@@ -189,6 +223,7 @@ def _serve(state: State, digest: str) -> State:
         candidate=None,
         candidate_generation=0,
         cohort=(),
+        test=None,
     )
 
 
@@ -223,7 +258,7 @@ def close(state: State, observation: Observation, settings: HealSettings, verdic
 
 
 def summary(episode: Episode) -> dict[str, Any]:
-    """A closed episode in six values."""
+    """A closed episode in a few values."""
     return {
         "episode": episode.id,
         "verdict": episode.verdict.value if episode.verdict else None,
@@ -231,4 +266,5 @@ def summary(episode: Episode) -> dict[str, Any]:
         "reason": episode.reason,
         "provisional": episode.provisional,
         "closed_s": episode.closed_s,
+        "digest": episode.winner,
     }

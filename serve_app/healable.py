@@ -36,6 +36,7 @@ from serve_app.link import replica_tag
 from serve_app.observer import Observer
 from serve_app.probes import Probes
 from serve_app.publish import publish
+from serve_app.shadow import Shadow
 from serve_app.traffic import TrafficLog
 from serve_app.twins import Served, Twins
 from tuning.base_model import feature_tap, resolve_device
@@ -95,6 +96,7 @@ class Healable:
         self._probes = Probes(self.storage, base, self.spec.layout, self.device)
         self._traffic = TrafficLog(self.storage, base, self._tag, incarnation=self._incarnation, store=store)
         self._observer = Observer(base, self._probes, self._traffic)
+        self._shadow = Shadow(self._runner, self._twins.find, self.device)
         self._book = LabelBook(self.spec.num_classes)
         self._feedback_key = b""
         self._failure = ""
@@ -113,6 +115,7 @@ class Healable:
         with torch.no_grad():
             done = self._forward(served.module, [ask])
             self._observer.observe(served, [ask], done, split(done.logits, served, [ask]))
+        # Not compared: without a token no label can ever be joined to this answer.
         return done.logits
 
     def infer(self, inputs: np.ndarray, segment: str = "", version: str | None = None, monitor: bool = True) -> Answer:
@@ -147,6 +150,8 @@ class Healable:
                 done = self._forward(served.module, group)
                 found = split(done.logits.float().cpu().numpy(), served, group)  # waits for the device, once
                 self._observer.observe(served, group, done, found)  # after the copy: it does not delay the device
+                for ask, answer in zip(group, found, strict=True):
+                    self._shadow.offer(ask, answer)
                 answers |= zip(places, found, strict=True)
         return [answers[place] for place in range(len(asks))]
 
@@ -213,10 +218,14 @@ class Healable:
             versions=self._twins.versions,
             windows=seen.take(now_s),
             labels=self._book.take(),
-            dropped=self._traffic.dropped + seen.windows.dropped + self._book.dropped,
+            disagreements=self._shadow.take(),
+            compared=self._shadow.compared,
+            dropped=self._traffic.dropped + seen.windows.dropped + self._book.dropped + self._shadow.dropped,
             failure=self._failure,
             sent_s=now_s,
-            **counts,
+            requests=counts["requests"],
+            instances=counts["instances"],
+            errors=counts["errors"],
         )
 
     def _apply(self, target: Target) -> None:
@@ -235,6 +244,7 @@ class Healable:
             self._refresh_probe(digest)  # before the flip, so that no batch goes unseen
             if digest == target.digest:
                 self._twins.activate(target.generation, digest)
+        self._shadow.aim(target.compare, target.compare_share)
         self._twins.retain(target.versions)
         self._probes.retain(self._twins.versions)
         self._failure = _said("; ".join(problems), self._failure, f"generation {target.generation} is not served")
@@ -264,6 +274,7 @@ class Healable:
     def close(self) -> None:
         """Stop the threads; what was sampled is written first."""
         self._pulse.close()
+        self._shadow.close()
         self._traffic.close()
 
 

@@ -112,6 +112,10 @@ class Twins:
             raise RequestError(f"version must be one of {', '.join(self.versions)}; got {ascii(version)[:80]}", 404)
         return Served(current.generation, version, module)
 
+    def find(self, digest: str) -> nn.Module | None:
+        """The module of a version in memory."""
+        return self._modules.get(digest)
+
     def retain(self, versions: Collection[str]) -> None:
         """Free every version but these, the base and the current one; a batch under way keeps its own."""
         keep = {BASE, self._current.digest, *versions}

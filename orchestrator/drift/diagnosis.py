@@ -216,7 +216,7 @@ def _weigh_harm(case: Case, loss: LossEstimate, final: bool) -> Finding | None:
         return Finding(Kind.COVARIATE_HARMFUL, reason, {})
     moved, classes = _class_share_change(case), classes_p(case.baseline, case.evidence.classes_K, DISPERSION)
     if moved > MAX_BENIGN_CHANGE and classes <= PASSED_P:
-        reason = f"inputs changed and predicted classes moved by {moved:.2f} > {MAX_BENIGN_CHANGE}, whatever the {words}"
+        reason = f"inputs changed, and predicted classes moved by {moved:.2f} > {MAX_BENIGN_CHANGE} for all its {words}"
         return Finding(Kind.COVARIATE_HARMFUL, reason, {})
     if loss.loss + margin < limit:
         return Finding(Kind.COVARIATE_BENIGN, f"inputs changed, {words} < {limit:.3f}", {})

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from orchestrator import gate, healing, rollout
+from orchestrator.canary import Bet
 from orchestrator.messages import (
     BASE,
     Alarm,
@@ -28,6 +30,7 @@ from orchestrator.settings import HealSettings
 from orchestrator.state import (
     Action,
     CancelSearch,
+    Decided,
     LaunchSearch,
     MeasureCandidate,
     Observation,
@@ -45,6 +48,7 @@ SETTINGS = HealSettings(
     buffer_wait_s=5,
     search_budget_s=5,
     gate_timeout_s=12,
+    canary_steps="1, 50%",
     canary_instances=8,
     canary_max_s=12,
     roll_timeout_s=12,
@@ -90,7 +94,7 @@ def evidence(candidate: str, good: bool, error: str = "") -> GateEvidence:
 
 
 class World:
-    def __init__(self, seed: int, broken: frozenset[str] = frozenset(), num_steps: int = 150) -> None:
+    def __init__(self, seed: int, broken: frozenset[str] = frozenset(), num_steps: int = 300) -> None:
         self.seed, self.broken, self.num_steps = seed, broken, num_steps
         self.rng = random.Random(seed)
         self.now_s = 1000.0
@@ -106,6 +110,7 @@ class World:
         self.names: dict[int, str] = {}  # generation -> digest
         self.opened = self.closed = self.promotions = self.crashes = 0
         self.verdicts: dict[str, int] = {}
+        self.events: Counter[str] = Counter()
         self.state = State(base="b0", mode=self.rng.choice((Mode.AUTO, Mode.AUTO, Mode.AUTO, Mode.APPROVE)))
         self.journal = self.state  # its last entry
         self._boot()
@@ -211,12 +216,22 @@ class World:
             buffered=self.rng.randint(0, 150),
             search=search,
             gate=measured[1] if measured and measured[0] <= self.now_s else None,
+            decided=self._labels(),
             monitor_ready=not self.fault(0.1),
             commands=tuple(self.commands),
             canary_anomaly="collapsed" if self.fault(0.004) else "",
             stable_published=self.published,
             observing_since_s=self.since_s,
         )
+
+    def _labels(self) -> tuple[Decided, ...]:
+        """Labels of instances that two versions disagree on; some are of comparisons that are over."""
+        digest, against = self.state.candidate or self.state.stable, self.state.stable if self.state.candidate else BASE
+        if digest == against or self.rng.random() < 0.7:
+            return ()
+        good = random.Random(f"{self.seed} {digest}").random() < 0.6  # a property of the digest
+        wins = [self.rng.random() < (0.85 if good else 0.15) for _ in range(self.rng.randint(1, 6))]
+        return tuple(Decided(f"i{n}", digest, win, against, not win) for n, win in enumerate(wins))
 
     def _kind(self, identity: str) -> Kind:
         """More instances seldom change a diagnosis."""
@@ -331,7 +346,11 @@ class World:
             self._name(after.candidate_generation, after.candidate)
             self._require(after.candidate in self.allowed, f"{after.candidate} is served without a passed gate")
         self._require(after.stable in self.allowed, f"{after.stable} is stable without a passed gate")
+        told_worse = after.test is not None and after.test.outcome is Bet.WORSE
+        self._require(not told_worse or after.mode is Mode.OBSERVE, "what labels say is worse is taken back at once")
         events = [a for a in actions if isinstance(a, Record)]
+        for event in ("confirmed", "reverted", "canary_widened"):
+            self.events[event] += sum(a.event == event for a in events)
         self.opened += sum(a.event == "episode_opened" for a in events)
         for record in events:
             if record.event == "episode_closed":
@@ -348,7 +367,7 @@ class World:
             self._require(replica.digest in self.allowed, f"{replica.tag} serves ungated {replica.digest}")
         if self.state.phase is Phase.CANARY:
             exposed = [r.tag for r in self.replicas if r.generation == self.state.candidate_generation]
-            self._require(len(exposed) <= 1, f"only the canary serves the candidate; got {exposed}")
+            self._require(set(exposed) <= set(self.state.cohort), f"only canaries serve the candidate; got {exposed}")
 
     def _require(self, holds: bool, rule: str) -> None:
         if not holds:

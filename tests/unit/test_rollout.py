@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.canary import PairedTest
 from orchestrator.messages import BASE, Target
-from orchestrator.rollout import acked, applied, choose_canary, live, target, versions
+from orchestrator.rollout import acked, applied, choose_canaries, comparison, live, target, versions
 from orchestrator.settings import HealSettings
 from orchestrator.state import ALL_REPLICAS, ReplicaView, State
 
@@ -61,13 +62,32 @@ def test_replicas_of_another_base_are_not_of_this_rollout() -> None:
     assert live(STABLE, (other, view("r1")), 101, SETTINGS) == (view("r1"),)
 
 
+def tags(state: State, replicas: tuple[ReplicaView, ...], step: int = 0, steps: str = "1, 25%") -> list[str]:
+    return [r.tag for r in choose_canaries(state, replicas, 101, replace(SETTINGS, canary_steps=steps), step)]
+
+
 def test_the_canary_is_the_smallest_live_tag_and_healthy_if_any_is() -> None:
     replicas = (view("r2"), view("r0", seen_s=1), view("r1", failure="disk full"), view("r3"))
-    chosen = choose_canary(STABLE, replicas, 101, SETTINGS)
-    assert chosen is not None
-    assert chosen.tag == "r2"
-    assert choose_canary(STABLE, (view("r1", failure="disk full"),), 101, SETTINGS) is not None
-    assert choose_canary(STABLE, (), 101, SETTINGS) is None
+    assert tags(STABLE, replicas) == ["r2"]
+    assert tags(STABLE, (view("r1", failure="disk full"),)) == ["r1"]
+    assert tags(STABLE, ()) == []
+
+
+def test_later_steps_widen_the_cohort_by_number_or_by_share_of_the_live() -> None:
+    replicas = tuple(view(f"r{n}") for n in range(1, 10))
+    assert tags(CANARY, replicas, step=1) == ["r1", "r2", "r3"]
+    assert tags(replace(CANARY, cohort=("r9",)), replicas, step=1) == ["r9", "r1", "r2"]
+    assert tags(CANARY, replicas, step=2, steps="1, 2, 100%") == [f"r{n}" for n in range(1, 10)]
+
+
+def test_the_canary_is_compared_with_stable_and_what_was_promoted_with_what_it_replaced() -> None:
+    testing = replace(CANARY, test=PairedTest("d2", "d1", 0.01))
+    assert comparison(testing, "r1", SETTINGS) == ("d1", SETTINGS.compare_share)
+    assert comparison(testing, "r2", SETTINGS) == ("", 0.0)
+    promoted = replace(STABLE, stable="d2", previous="d1", test=PairedTest("d2", "d1", 0.01))
+    assert comparison(promoted, "r2", SETTINGS) == ("d1", SETTINGS.confirm_share)
+    assert comparison(replace(promoted, test=PairedTest("d2", "d1", 0.01, wins=40)), "r2", SETTINGS) == ("", 0.0)
+    assert comparison(STABLE, "r2", SETTINGS) == ("", 0.0)
 
 
 def test_applied_means_generation_and_digest_of_its_own_target() -> None:

@@ -24,15 +24,18 @@ def play(seed: int, broken: frozenset[str] = frozenset()) -> World:
 
 def test_every_seeded_world_keeps_the_invariants_and_comes_to_rest() -> None:
     verdicts: Counter[str] = Counter()
+    events: Counter[str] = Counter()
     promotions = crashes = 0
     for seed in range(NUM_SEEDS):
         world = play(seed)
         verdicts.update(world.verdicts)
+        events.update(world.events)
         promotions += world.promotions
         crashes += world.crashes
     # The worlds must have been worth playing: the faults fired and every outcome was seen.
     assert crashes > NUM_SEEDS
     assert promotions > NUM_SEEDS / 4
+    assert min(events[name] for name in ("confirmed", "reverted", "canary_widened")) > NUM_SEEDS / 50, events
     assert {"healed", "refused", "aborted", "error", "no_action", "no_drift"} <= set(verdicts)
 
 
