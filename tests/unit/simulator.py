@@ -347,7 +347,7 @@ class World:
             self._require(after.candidate in self.allowed, f"{after.candidate} is served without a passed gate")
         self._require(after.stable in self.allowed, f"{after.stable} is stable without a passed gate")
         told_worse = after.test is not None and after.test.outcome is Bet.WORSE
-        self._require(not told_worse or after.mode is Mode.OBSERVE, "what labels say is worse is taken back at once")
+        self._require(not told_worse or before.mode is Mode.OBSERVE, "what labels say is worse is taken back at once")
         events = [a for a in actions if isinstance(a, Record)]
         for event in ("confirmed", "reverted", "canary_widened"):
             self.events[event] += sum(a.event == event for a in events)
