@@ -18,11 +18,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from orchestrator import healing, rollout
+from orchestrator import guards, healing, rollout
 from orchestrator.drift.diagnosis import diagnose, diagnose_failures
 from orchestrator.drift.labels import LabelTest, tolerated_error
 from orchestrator.drift.monitor import Monitor
-from orchestrator.drift.statistics import read
 from orchestrator.errors import HealError
 from orchestrator.fleet import Fleet
 from orchestrator.messages import BASE, Alarm, Command, Diagnosis, LabelArrived, Phase, Report, Target
@@ -48,8 +47,6 @@ MAX_LABELS = 100_000  # joined labels kept in memory
 MAX_EVENTS = 1_000  # journal entries kept in memory for the page
 BASELINE_RETRY_PASSES = 8  # a missing baseline is looked for every this many passes
 LAST_WORD_S = 0.5 * healing.DIAGNOSIS_TIMEOUT_S  # an undecided diagnosis is waited for this long
-COLLAPSE_SHARE = 0.95  # one class at this share of a canary's answers ...
-COLLAPSE_EXCESS = 0.30  # ... and this far above its share in the reference is a collapse
 
 
 class Controller:
@@ -215,18 +212,14 @@ class Controller:
         """A guard metric out of bounds under the digest being rolled out, in words; empty when fine."""
         if state.episode is None or state.phase not in (Phase.CANARY, Phase.ROLLING, Phase.BAKING):
             return ""
-        digest = state.candidate or state.stable
+        digest, before = (state.candidate, state.stable) if state.candidate else (state.stable, state.previous or BASE)
         entered_s = state.episode.phase_entered.get(Phase.CANARY, 0.0)
-        window = self._monitor.since(entered_s, digest)
-        baseline = self._monitor.baseline(digest)
-        if window is None or baseline is None or window.count < self.config.settings.canary_instances:
+        window, baseline = self._monitor.since(entered_s, digest), self._monitor.baseline(digest)
+        if window is None or baseline is None:
             return ""
-        shares_K = read(baseline.layout, window).class_shares_K
-        top = int(shares_K.argmax())
-        limit = max(COLLAPSE_SHARE, float(baseline.class_shares_K[top]) + COLLAPSE_EXCESS)
-        if shares_K[top] <= limit:
-            return ""
-        return f"predictions collapsed: class {top} share {shares_K[top]:.3f} > {limit:.3f}"
+        old, normal = self._monitor.since(state.episode.opened_s, before), self._monitor.baseline(before)
+        stable = (normal, old) if normal is not None and old is not None else None
+        return guards.anomaly(baseline, window, stable, self.config.settings.canary_instances)
 
     # ------------------------------------------------------------ the edges
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,12 @@ class Edges:
 class Loop:
     """A controller, one replica that reports to it, and the traffic."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, settings: HealSettings = SETTINGS) -> None:
         self.storage = open_storage(folder / "storage")
         self.keys = load_keys("loop")
         spec = load_spec(model)
         self.base = publish_model(self.storage, spec)
-        self.config = ServiceConfig("loop", self.storage.uri, self.base, SETTINGS)
+        self.config = ServiceConfig("loop", self.storage.uri, self.base, settings)
         self.restart()
         self.controller.step()  # measures the baseline
         home = fetch_model(self.storage, self.base)
@@ -68,9 +69,10 @@ class Loop:
             service="loop",
             base=self.base,
             connect=lambda config: self,
-            **SETTINGS.to_dict(),
+            **settings.to_dict(),
         )
         self.seed = 10
+        self.labelled = False  # whether each answer gets its true label
 
     def restart(self) -> None:
         edges = Edges(self.storage, self.base)
@@ -91,6 +93,9 @@ class Loop:
         self.seed += 1
         images, labels = tiny.make(16, self.seed, drift)
         answer = self.replica.infer(images)
+        if self.labelled:
+            token = self.replica.token(answer)
+            self.replica.feedback([(token, row, int(label)) for row, label in enumerate(labels)])
         self.controller.step()
         return float((np.asarray(answer.logits).argmax(1) == labels).mean())
 
@@ -132,3 +137,25 @@ def test_drift_heals_survives_a_restart_in_every_phase_and_the_old_world_restore
 
     loop.run(False, lambda s: s.stable == "base")
     assert verify_journal(loop.storage, loop.keys.public_key).problems == []
+
+
+def test_labels_on_what_two_versions_answer_differently_promote_a_canary(tiny_model: Path, tmp_path: Path) -> None:
+    patient = replace(SETTINGS, labels="none", compare_share=1.0, canary_instances=1_000_000, canary_max_s=1000.0)
+    loop = Loop(tiny_model, tmp_path, patient)
+    try:
+        for _ in range(40):
+            loop.send(drift=False)
+        loop.run(True, lambda s: s.phase == "canary" or s.last_verdict is not None)
+        assert loop.controller.current.last_verdict is None, loop.controller.current.last_verdict
+        loop.labelled = True
+        loop.run(True, lambda s: s.last_verdict is not None)
+        verdict, records = loop.controller.current.last_verdict, loop.controller.events()
+        assert verdict is not None
+        assert (verdict["verdict"], verdict["provisional"]) == ("healed", False), verdict
+        confirmed = next(r["body"] for r in records if r["event"] == "confirmed")
+        assert confirmed["wins"] >= 9
+        shown = loop.controller.state()["comparison"]
+        assert shown["outcome"] == "better"
+        assert loop.replica.current.digest == confirmed["digest"]
+    finally:
+        loop.replica.close()
