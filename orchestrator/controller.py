@@ -189,6 +189,10 @@ class Controller:
         if window.count < settings.diagnosis_instances and not self.traffic_ended:
             return None
         waited_s = self._clock() - episode.phase_s
+        fresh = self._monitor.since(alarm.raised_s, alarm.digest, alarm.scope)
+        # A fast replica's window at the onset holds a thousand clean instances: the last word is had on later ones.
+        later = 0 if fresh is None else fresh.count
+        enough = window.count >= settings.buffer_instances and later >= settings.diagnosis_instances
         return diagnose(
             baseline,
             window,
@@ -197,8 +201,8 @@ class Controller:
             settings,
             growth=self._monitor.growth(alarm),
             labels_say_harm=self._label_alarm is not None,
-            final=self.traffic_ended or window.count >= settings.buffer_instances or waited_s > LAST_WORD_S,
-            fresh=self._monitor.since(alarm.raised_s, alarm.digest, alarm.scope),
+            final=self.traffic_ended or enough or waited_s > LAST_WORD_S,
+            fresh=fresh,
             latest=self._monitor.since((alarm.onset_s + window.last_s) / 2.0, alarm.digest, alarm.scope),
         )
 

@@ -91,7 +91,9 @@ def diagnose(
         (found for rule in RULES if (found := rule(late if rule in BREAKS else case)) is not None), None
     )
     finding = finding or find_unnatural(late)
-    if finding is not None and finding.kind is Kind.UNKNOWN and not final and late.summary.count < MIN_UNKNOWN:
+    # A mixture of before and after looks like nothing known.
+    mixed = late is case or late.summary.count < MIN_UNKNOWN
+    if finding is not None and finding.kind is Kind.UNKNOWN and mixed and not final:
         return None
     finding = finding or _weigh_harm(case, loss, final)
     if finding is None or (finding.kind is Kind.NONE and not final):

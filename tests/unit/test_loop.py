@@ -140,11 +140,19 @@ def test_drift_heals_survives_a_restart_in_every_phase_and_the_old_world_restore
 
 
 def test_labels_on_what_two_versions_answer_differently_promote_a_canary(tiny_model: Path, tmp_path: Path) -> None:
-    patient = replace(SETTINGS, labels="none", compare_share=1.0, canary_instances=1_000_000, canary_max_s=1000.0)
+    patient = replace(
+        SETTINGS,
+        labels="none",
+        buffer_instances=1500,
+        compare_share=1.0,
+        canary_instances=1_000_000,
+        canary_max_s=1000.0,
+    )
     loop = Loop(tiny_model, tmp_path, patient)
     try:
         for _ in range(40):
             loop.send(drift=False)
+        assert loop.controller.current.phase == "watching", loop.controller.current
         loop.run(True, lambda s: s.phase == "canary" or s.last_verdict is not None)
         assert loop.controller.current.last_verdict is None, loop.controller.current.last_verdict
         loop.labelled = True
