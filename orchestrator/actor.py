@@ -15,12 +15,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from orchestrator.calls import parse_receivers
 from orchestrator.controller import Controller, run_pass
 from orchestrator.drift.baseline import Baseline, load_baseline
 from orchestrator.errors import ServiceError
 from orchestrator.journal import Journal
 from orchestrator.keys import ServiceKeys, load_keys
 from orchestrator.messages import Command, Report, Target
+from orchestrator.notifier import Notifier
 from orchestrator.ports import Ports
 from orchestrator.registry import write_stable
 from orchestrator.settings import NAMESPACE, ServiceConfig
@@ -98,6 +100,11 @@ class Orchestrator:
             snapshots=Snapshots(storage, config.base),
         )
         self._controller = Controller(config, ports, time.time, keys.feedback_key)
+        self._read_only = Journal(storage, None)
+        self._notifiers = [
+            Notifier(config.service, receiver, keys.webhook_secret, storage, self._entries)
+            for receiver in parse_receivers(config.settings.notify)
+        ]
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="passes", daemon=True)
         self._thread.start()
@@ -109,6 +116,16 @@ class Orchestrator:
             except Exception as error:  # a bug must be seen and must not end the loop silently
                 log.exception("a pass failed")
                 self._controller.note_problem(f"{type(error).__name__}: {error}")
+            for notifier in self._notifiers:
+                notifier.wake()
+
+    def _entries(self, after: int) -> list[dict[str, Any]]:
+        """Journal entries for the notifiers: from memory, from the storage where that begins too late."""
+        recent = self._controller.events(after)
+        if not recent or recent[0]["seq"] <= after + 1 or after < 0:
+            return recent
+        older = self._read_only.entries(after)
+        return [{"seq": e.seq, "time_s": e.time_s, "event": e.event, "body": e.body} for e in older]
 
     def hello(self) -> tuple[ServiceConfig, str]:
         """The configuration and the software version this actor runs."""
@@ -120,7 +137,8 @@ class Orchestrator:
 
     def state(self) -> dict[str, Any]:
         """What `GET /healing` answers."""
-        return self._controller.state()
+        waiting = {notifier.name: notifier.problem for notifier in self._notifiers if notifier.problem}
+        return self._controller.state() | {"notify": waiting}
 
     def command(self, command: Command) -> dict[str, Any]:
         """Queue a person's command."""
@@ -142,6 +160,8 @@ class Orchestrator:
         """Finish the pass under way and start no other; the actor is replaced next."""
         self._stopping.set()
         self._thread.join(timeout=5)
+        for notifier in self._notifiers:
+            notifier.close()
 
 
 _Actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=16)(Orchestrator)

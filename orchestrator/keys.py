@@ -7,7 +7,9 @@ hands the feedback key to the replicas) and `heal audit verify`. Ed25519: RFC 80
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -51,6 +53,11 @@ class ServiceKeys:
     def public_key(self) -> bytes:
         """32 bytes that `verify` needs; safe to publish and to pin."""
         return Ed25519PrivateKey.from_private_bytes(self.seed).public_key().public_bytes_raw()
+
+    @property
+    def webhook_secret(self) -> str:
+        """Signs what is sent to webhooks, in the form of the Standard Webhooks specification."""
+        return "whsec_" + base64.b64encode(hmac.digest(self.feedback_key, b"rayheal webhooks", "sha256")).decode()
 
     def sign(self, data: bytes) -> bytes:
         """Ed25519 signature of `data`, 64 bytes."""

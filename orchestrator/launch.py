@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
 from ray.serve import Application
 
+from orchestrator.calls import parse_receivers
 from orchestrator.errors import HealError, ServiceError
 from orchestrator.keys import heal_home, load_keys
 from orchestrator.models import fetch_model, load_published_spec, publish_model
@@ -80,6 +81,7 @@ def _published(args: ServiceArgs) -> ServiceConfig:
     model = Path(args.model) if args.model else _demo_model()
     spec = load_spec(model)
     storage = _absolute(args.storage or str(heal_home() / "storage" / spec.name))
+    parse_receivers(args.notify)  # a URL that is none should end a deployment, not an orchestrator
     settings = HealSettings.from_dict({f.name: getattr(args, f.name) for f in fields(HealSettings)})
     base = publish_model(open_storage(storage), spec)
     folder = fetch_model(open_storage(storage), base)

@@ -126,6 +126,10 @@ class HealSettings:
     approval_timeout_s: float = _setting(7 * 86400.0, "seconds an episode waits for a person")
     replica_lost_s: float = _setting(10.0, "seconds of silence after which a replica counts as gone")
     snapshot_s: float = _setting(60.0, "seconds between two snapshots of the drift monitor")
+    notify: str = _setting(
+        "",
+        "URLs, with commas between, that hear of refusals, approvals asked for, heals and reverts: see docs/notify.md",
+    )
     heartbeat_s: float = _setting(0.5, "seconds between the reports of a replica")
     labels: str = _setting("all", "labels a search may use: none, a number, all")
     seed: int = _setting(0, "seed of every random choice")

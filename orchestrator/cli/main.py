@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from orchestrator.cli import convert, doctor, records, runs, service
+from orchestrator.cli import convert, doctor, notify, records, runs, service
 from orchestrator.cli.console import CANNOT
 from orchestrator.errors import HealError
 
@@ -24,7 +24,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for part in (runs, service, records, convert, doctor):
+for part in (runs, service, records, convert, doctor, notify):
     part.register(cli)
 
 

@@ -130,6 +130,13 @@ def _status(state: dict[str, Any]) -> Table:
         table.add_row(str(row["replica"])[-16:], f"{serves}  {row['failure']}".rstrip())
     if last := state.get("last_verdict"):
         table.add_row("last verdict", f"{last['episode']} {last['verdict']}: {last['reason']}")
+    if comparison := state.get("comparison"):
+        table.add_row("labels say", f"{comparison['outcome']}: {comparison['message']}")
+        if wanted := comparison.get("labels_wanted"):
+            newest = ", ".join(wanted[:3])
+            table.add_row("labels wanted", f"{comparison['unlabelled']} disagreements, the newest: {newest}")
+    for name, problem in (state.get("notify") or {}).items():
+        table.add_row("messages wait", f"{name}: {problem}")
     if state.get("problem"):
         table.add_row("problem", str(state["problem"]))
     return table
