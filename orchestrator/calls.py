@@ -74,7 +74,9 @@ def call_for(service: str, seq: int, time_s: float, event: str, body: dict[str, 
     else:
         return None
     kind, summary, todo, severity = found
-    data = {name: body[name] for name in ("digest", "previous", "generation", "verdict", "provisional") if name in body}
+    data: dict[str, Any] = {
+        name: body[name] for name in ("digest", "previous", "generation", "verdict", "provisional") if name in body
+    }
     data |= {"episode": episode} if episode else {}
     return Call(f"{service}/{seq}", f"{TYPE}.{kind}", time_s, service, summary, reason, todo, severity, data)
 

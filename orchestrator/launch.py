@@ -81,8 +81,8 @@ def _published(args: ServiceArgs) -> ServiceConfig:
     model = Path(args.model) if args.model else _demo_model()
     spec = load_spec(model)
     storage = _absolute(args.storage or str(heal_home() / "storage" / spec.name))
-    parse_receivers(args.notify)  # a URL that is none should end a deployment, not an orchestrator
     settings = HealSettings.from_dict({f.name: getattr(args, f.name) for f in fields(HealSettings)})
+    parse_receivers(settings.notify)  # a URL that is none should end a deployment, not an orchestrator
     base = publish_model(open_storage(storage), spec)
     folder = fetch_model(open_storage(storage), base)
     try_model(folder, load_published_spec(folder))
