@@ -316,7 +316,9 @@ def _release(
     if decision.analysis is Analysis.ERROR:
         return close(state, observation, settings, Verdict.ERROR, decision.message)
     if decision.analysis is not Analysis.SUCCESSFUL:
-        return _refuse(state, observation, settings, f"gate {decision.analysis}: {decision.message}")
+        return _take_runner_up(state, observation, decision) or _refuse(
+            state, observation, settings, f"gate {decision.analysis}: {decision.message}{_before(state)}"
+        )
     if decision.provisional and settings.without_labels == "hold":
         return _refuse(state, observation, settings, f"held: labels needed ({decision.message})")
     if state.mode is Mode.OBSERVE:
@@ -330,6 +332,36 @@ def _release(
         reason = f"no live replica to serve the canary in {settings.gate_timeout_s:.0f} s"
         return close(state, observation, settings, Verdict.ERROR, reason)
     return entered or (state, ())
+
+
+def _take_runner_up(state: State, observation: Observation, decision: GateDecision) -> Outcome | None:
+    """The search's second choice goes to the gate where the first was measured and found bad; None without one."""
+    episode = state.episode
+    assert episode is not None
+    search = episode.search
+    if decision.analysis is not Analysis.FAILED or search is None or search.runner_up in (None, state.candidate):
+        return None
+    if search.runner_up == state.stable:
+        return None
+    first, second = str(state.candidate), str(search.runner_up)
+    trial = next((t for t in search.trials if t.trial_id == search.runner_up_trial), None)
+    state = update_episode(
+        replace(state, candidate=second),
+        winner=second,
+        winner_trial=trial,
+        evidence=None,
+        gate=None,
+        provisional=False,
+        phase_s=observation.now_s,
+        passed_over=f"{first[:12]}: {decision.message}",
+    )
+    body = {"episode": episode.id, "passed_over": first, "candidate": second, "message": decision.message}
+    return state, (Record("runner_up_taken", body),)
+
+
+def _before(state: State) -> str:
+    assert state.episode is not None
+    return f"; before it {state.episode.passed_over}" if state.episode.passed_over else ""
 
 
 def _awaiting_approval(state: State, observation: Observation, settings: HealSettings) -> Outcome:

@@ -265,6 +265,8 @@ class SearchStatus:
     trials: tuple[TrialResult, ...] = ()
     winner: str | None = None  # digest in the registry
     winner_trial: str | None = None
+    runner_up: str | None = None  # digest; judged where the gate refuses the winner
+    runner_up_trial: str | None = None
     cold_start_s: float = 0.0
     search_s: float = 0.0
     train_s: float = 0.0

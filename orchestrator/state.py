@@ -69,6 +69,7 @@ class Episode:
     evidence: GateEvidence | None = None
     gate: GateDecision | None = None
     winner: str | None = None
+    passed_over: str = ""  # why the gate refused the search's first choice, where a second was judged
     winner_trial: TrialResult | None = None
     canaries: tuple[Canary, ...] = ()
     canary_step: int = 0  # of `HealSettings.canary_steps`, from 0

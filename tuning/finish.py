@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from orchestrator.drift.baseline import Sample, fit_baseline, save_baseline
+from orchestrator.drift.baseline import Sample, fit_baseline, load_baseline, save_baseline
 from orchestrator.drift.estimate import Mixture, split_mixture
 from orchestrator.drift.statistics import fourier_features, probabilities, squared_gap
 from orchestrator.errors import DataError, HealError
@@ -22,7 +22,7 @@ from orchestrator.metric import metric_name, score
 from orchestrator.registry import load_adapter, save_adapter
 from orchestrator.settings import SCHEMA_VERSION
 from orchestrator.storage import Storage
-from tuning.adapter import merged_twin
+from tuning.adapter import check_adapter, merged_twin
 from tuning.base_model import collect_sample
 from tuning.objective import statistics_layers
 from tuning.paired import (
@@ -68,9 +68,30 @@ def register_winner(
     Raises:
         AdapterError: the adapter does not fit its base.
     """
+    digest = save_candidate(storage, bench, result, exported, keys)
+    save_baseline_of(storage, bench, digest)
+    return digest
+
+
+def save_candidate(
+    storage: Storage, bench: Workbench, result: TrialResult, exported: Exported, keys: ServiceKeys | None
+) -> str:
+    """Saves an adapter alone: its drift baseline takes passes over all data, and it may never be asked for.
+
+    Raises:
+        AdapterError: the adapter does not fit its base.
+    """
     config, tensors = exported
+    check_adapter(bench.module, config, tensors)
+    return save_adapter(storage, config, tensors, _manifest(bench, result), keys)
+
+
+def save_baseline_of(storage: Storage, bench: Workbench, digest: str) -> None:
+    """Measures and saves the drift baseline of an adapter in the registry, unless there is one."""
+    if load_baseline(storage, digest, bench.request.base) is not None:
+        return
+    config, tensors, _ = load_adapter(storage, digest)
     twin = merged_twin(bench.module, config, tensors)
-    digest = save_adapter(storage, config, tensors, _manifest(bench, result), keys)
     baseline = fit_baseline(
         bench.request.base,
         digest,
@@ -80,7 +101,6 @@ def register_winner(
         num_channels=bench.baseline.num_channels,
     )
     save_baseline(storage, baseline)
-    return digest
 
 
 def _manifest(bench: Workbench, result: TrialResult) -> dict[str, Any]:
@@ -119,7 +139,9 @@ def measure(storage: Storage, request: SearchRequest, digest: str) -> GateEviden
     """
     start = time.monotonic()
     try:
-        evidence = _measure(load_workbench(storage, request), storage, digest)
+        bench = load_workbench(storage, request)
+        evidence = _measure(bench, storage, digest)
+        save_baseline_of(storage, bench, digest)
     except (HealError, ValueError) as error:
         nan = float("nan")
         evidence = GateEvidence(

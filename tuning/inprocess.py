@@ -13,10 +13,10 @@ from orchestrator.errors import HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialResult
 from orchestrator.storage import Storage
-from tuning.finish import measure, register_winner
+from tuning.finish import measure, register_winner, save_candidate
 from tuning.outset import settle
 from tuning.records import encode, read_evidence, read_status, started_key, write_evidence, write_status
-from tuning.scoring import choose_winner
+from tuning.scoring import choose_runner_up, choose_winner
 from tuning.sequential import describe, run_trials
 from tuning.workbench import load_workbench
 
@@ -88,16 +88,20 @@ class InProcessRunner:
         trials = run_trials(bench, bench.configurations(), deadline_s, self._on_trial)
         results = [result for result, _ in trials]
         winner = choose_winner(results, base_score)
-        digest = None
-        if winner is not None:
-            exported = next(e for r, e in trials if r is winner)
-            assert exported is not None
+        second = choose_runner_up(results, base_score, winner) if winner is not None else None
+        adapters = {result.trial_id: exported for result, exported in trials}
+        digest = runner_up = None
+        if winner is not None and (exported := adapters[winner.trial_id]) is not None:
             digest = register_winner(self._storage, bench, winner, exported, self._keys)
+        if second is not None and (exported := adapters[second.trial_id]) is not None:
+            runner_up = save_candidate(self._storage, bench, second, exported, self._keys)
         return SearchStatus(
             state="finished",
             trials=tuple(results),
             winner=digest,
             winner_trial=winner.trial_id if winner else None,
+            runner_up=runner_up,
+            runner_up_trial=second.trial_id if second else None,
             cold_start_s=cold_start_s,
             search_s=time.monotonic() - start,
             train_s=sum(r.seconds for r in results),

@@ -166,3 +166,11 @@ def choose_winner(results: list[TrialResult], base_score: float) -> TrialResult 
     fit = [r for r in usable if r.config.placement in untrained or r.score >= bar + TRAINED_MARGIN]
     winner = max(fit, key=lambda r: (r.score, -r.parameters), default=None)
     return winner if winner is not None and winner.score >= base_score + WINNER_MARGIN else None
+
+
+def choose_runner_up(results: list[TrialResult], base_score: float, winner: TrialResult) -> TrialResult | None:
+    """What is released where the gate refuses the winner: the best of another placement, by `choose_winner`.
+
+    Of another placement, for what one trial does to a class its neighbours do as well.
+    """
+    return choose_winner([r for r in results if r.config.placement is not winner.config.placement], base_score)

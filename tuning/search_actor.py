@@ -20,11 +20,11 @@ from orchestrator.errors import HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialConfig, TrialResult
 from orchestrator.storage import open_storage
-from tuning.finish import measure, register_winner
+from tuning.finish import measure, register_winner, save_candidate
 from tuning.outset import settle
 from tuning.progress import Progress
 from tuning.records import read_evidence, read_status, write_evidence, write_status
-from tuning.scoring import choose_winner
+from tuning.scoring import choose_runner_up, choose_winner
 from tuning.sequential import describe, run_trials
 from tuning.spare import TrialResources, spare_resources
 from tuning.trainable import Exported, read_checkpoint
@@ -176,15 +176,23 @@ class SearchActor:
             return replace(status, state="failed", trials=tuple(results), message=f"no trial finished: {words}")
         base_score = _on_device(_base_score, resources, self._request)
         winner = choose_winner(usable, base_score)
-        digest = None
+        second = choose_runner_up(usable, base_score, winner) if winner is not None else None
+
+        def exported(trial: TrialResult) -> Exported:
+            return inline.get(trial.trial_id) or read_checkpoint(self._storage, progress.prefix(trial.trial_id))
+
+        digest = runner_up = None
         if winner is not None:
-            exported = inline.get(winner.trial_id) or read_checkpoint(self._storage, progress.prefix(winner.trial_id))
-            digest = _on_device(_registered, resources, self._request, winner, exported, self._keys)
+            digest = _on_device(_registered, resources, self._request, winner, exported(winner), self._keys)
+        if second is not None:
+            runner_up = save_candidate(self._storage, bench, second, exported(second), self._keys)
         return replace(
             status,
             trials=tuple(results),
             winner=digest,
             winner_trial=winner.trial_id if winner else None,
+            runner_up=runner_up,
+            runner_up_trial=second.trial_id if second else None,
             message=describe(winner, base_score, results),
         )
 

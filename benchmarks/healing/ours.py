@@ -21,8 +21,8 @@ from orchestrator.gate import decide
 from orchestrator.messages import Analysis
 from orchestrator.settings import HealSettings
 from tuning.adapter import merged_twin
-from tuning.finish import measure, register_winner
-from tuning.scoring import choose_winner, predict
+from tuning.finish import measure, save_candidate
+from tuning.scoring import choose_runner_up, choose_winner, predict
 from tuning.sequential import run_trials
 from tuning.workbench import Workbench
 
@@ -73,12 +73,17 @@ def search(scene: Scene, world: World, bench: Workbench) -> Outcome:
     found.seconds["total"] = time.time() - started_s
     if winner is None:
         return found
-    found.chosen = names[winner.trial_id]
-    exported = next(e for r, e in trials if r is winner)
-    assert exported is not None
-    digest = register_winner(world.storage, bench, winner, exported, None)
-    decision = decide(measure(world.storage, world.request, digest), world.request.kind, HealSettings())
-    found.gate, found.message = decision.analysis.value, decision.message
+    second = choose_runner_up([result for result, _ in trials], base_score, winner)
+    for choice in filter(None, (winner, second)):
+        exported = next(e for r, e in trials if r is choice)
+        assert exported is not None
+        digest = save_candidate(world.storage, bench, choice, exported, None)
+        decision = decide(measure(world.storage, world.request, digest), world.request.kind, HealSettings())
+        before = f"; before it {found.chosen}: {found.message}" if found.chosen else ""
+        found.chosen, found.gate = names[choice.trial_id], decision.analysis.value
+        found.message = decision.message + before
+        if decision.analysis is not Analysis.FAILED:
+            break
     found.seconds["total"] = time.time() - started_s
     return found
 

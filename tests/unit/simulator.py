@@ -293,7 +293,8 @@ class World:
         elif outcome < 0.2:
             status = SearchStatus("finished", message="nothing beats the base")
         else:
-            status = SearchStatus("finished", winner=f"digest-{identity}", winner_trial="t0")
+            second = f"digest-{identity}-second" if self.rng.random() < 0.5 else None
+            status = SearchStatus("finished", winner=f"digest-{identity}", winner_trial="t0", runner_up=second)
         return self.now_s + self.rng.randint(0, 8), "done", status
 
     # ------------------------------------------------------------ one step

@@ -54,13 +54,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(self.server.status)
-        self.end_headers()
-        with self.server.changed:
+        with self.server.changed:  # before the answer: who has it may look here
+            status = self.server.status
             self.server.asked += 1
-            if self.server.status < 300:
+            if status < 300:
                 self.server.taken.append(({k.lower(): v for k, v in self.headers.items()}, body))
             self.server.changed.notify_all()
+        self.send_response(status)
+        self.end_headers()
 
     def log_message(self, *_: Any) -> None:
         """Tests are quiet."""

@@ -298,3 +298,40 @@ def test_in_any_world_at_any_moment_state_round_trips_and_plan_is_idempotent(see
     assert plan(once[0], observation, HealSettings()) == again
     if once[0] == state:
         assert once == again
+
+
+# ---------------------------------------------------------------- the second choice
+
+SECOND = replace(FOUND, runner_up="d2", runner_up_trial="t2")
+BAD = replace(EVIDENCE, reference_candidate=0.4, reference_share=1.0)
+
+
+def test_where_the_gate_refuses_the_winner_the_runner_up_is_judged() -> None:
+    loop = Loop().to(Phase.SEARCHING).step(search=SECOND)
+    loop.step(search=SECOND, gate=BAD)
+    assert (loop.state.phase, loop.state.candidate) == (Phase.GATING, "d2")
+    loop.step(search=SECOND, gate=BAD)
+    assert [a.digest for a in loop.actions if isinstance(a, MeasureCandidate)] == ["d2"], "evidence of d1 is of no use"
+    loop.step(gate=replace(EVIDENCE, candidate="d2"))
+    assert (loop.state.phase, loop.state.candidate) == (Phase.CANARY, "d2")
+    assert loop.state.episode is not None
+    assert loop.state.episode.winner == "d2"
+    assert "clean loss" in loop.state.episode.passed_over
+
+
+def test_where_both_are_refused_the_reason_names_both() -> None:
+    loop = Loop().to(Phase.SEARCHING).step(search=SECOND)
+    loop.step(search=SECOND, gate=BAD).step(gate=replace(BAD, candidate="d2"))
+    closed_as(loop, Verdict.REFUSED, "gate failed: clean loss", "before it d1: clean loss")
+
+
+def test_a_winner_that_could_not_be_measured_is_no_reason_for_the_runner_up() -> None:
+    loop = Loop().to(Phase.SEARCHING).step(search=SECOND)
+    loop.step(search=SECOND, gate=replace(EVIDENCE, error="out of memory"))
+    closed_as(loop, Verdict.ERROR, "out of memory")
+
+
+def test_a_runner_up_that_is_served_already_is_not_judged() -> None:
+    loop = Loop().heal().to(Phase.SEARCHING)
+    loop.step(search=replace(SECOND, winner="d3", runner_up="d1")).step(gate=replace(BAD, candidate="d3"))
+    closed_as(loop, Verdict.REFUSED, "gate failed")

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from orchestrator.messages import Placement, TrialConfig, TrialResult
-from tuning.scoring import calibrate, choose_winner, covariate_score, logit_offset, match_temperature, prior_shift_score
+from tuning.scoring import (
+    calibrate,
+    choose_runner_up,
+    choose_winner,
+    covariate_score,
+    logit_offset,
+    match_temperature,
+    prior_shift_score,
+)
 from tuning.scoring import corrected_posteriors as corrected
 
 RNG = np.random.default_rng(0)
@@ -76,6 +84,14 @@ def test_a_trained_trial_must_beat_recomputed_statistics():
     assert choose_winner([statistics, result(Placement.ALL, 0.801)], 0.6) is statistics
     better = result(Placement.ALL, 0.82, "stopped")
     assert choose_winner([statistics, better], 0.6) is better
+
+
+def test_the_runner_up_is_of_another_placement_and_must_beat_the_base_too():
+    statistics, everywhere = result(Placement.NORM_STATISTICS, 0.80), result(Placement.ALL, 0.85)
+    trials = [statistics, everywhere, result(Placement.ALL, 0.84), result(Placement.NORM, 0.82)]
+    assert choose_runner_up(trials, 0.6, everywhere) is trials[3]
+    assert choose_runner_up(trials[:3], 0.6, everywhere) is statistics
+    assert choose_runner_up(trials[:3], 0.81, everywhere) is None
 
 
 def test_no_winner_when_the_base_is_as_good_or_everything_failed():
