@@ -33,7 +33,8 @@ bench: .venv
 	$(BIN)/python -m benchmarks.serving
 
 faults: .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray/test_loop.py tests/ray/test_search.py
 
 test-cluster: .venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster

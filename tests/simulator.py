@@ -58,6 +58,7 @@ SETTINGS = HealSettings(
     replica_lost_s=6,
     heartbeat_s=0.5,
 )
+NEAR_S = 5.0  # a fault this long before a transition, or in the phase that it ends, counts as met by it
 FORWARD = {
     Phase.WATCHING: {Phase.DIAGNOSING},
     Phase.DIAGNOSING: {Phase.SEARCHING},
@@ -68,7 +69,19 @@ FORWARD = {
     Phase.ROLLING: {Phase.BAKING},
     Phase.BAKING: set(),
 }
-COMMANDS = ("start", "approve", "pause", "resume", "resume", "promote", "abort", "rollback", "mode", "nonsense")
+COMMANDS = (
+    "start",
+    "approve",
+    "approve",
+    "pause",
+    "resume",
+    "resume",
+    "promote",
+    "abort",
+    "rollback",
+    "mode",
+    "nonsense",
+)
 KINDS = (*[Kind.COVARIATE_HARMFUL] * 6, Kind.PRIOR_SHIFT, *Kind)
 
 
@@ -99,6 +112,7 @@ class World:
         self.rng = random.Random(seed)
         self.now_s = 1000.0
         self.fault_rate = self.rng.choice((0.0, 0.3, 1.0, 1.0, 2.0))
+        self.slow_rate = self.rng.choice((0.02, 0.02, 0.02, 0.02, 0.8))  # of loading an adapter
         self.replicas = [Replica(f"r{n}") for n in range(self.rng.randint(1, 4))]
         self.network: list[tuple[float, str, object]] = []
         self.searches: dict[str, tuple[float, str, SearchStatus]] = {}
@@ -111,14 +125,20 @@ class World:
         self.opened = self.closed = self.promotions = self.crashes = 0
         self.verdicts: dict[str, int] = {}
         self.events: Counter[str] = Counter()
-        self.state = State(base="b0", mode=self.rng.choice((Mode.AUTO, Mode.AUTO, Mode.AUTO, Mode.APPROVE)))
+        self.fired: dict[str, float] = {}  # when each fault happened last
+        self.met: Counter[tuple[str, str]] = Counter()  # (transition, fault in the phase that it ends)
+        self.entered_s = 0.0
+        self.state = State(base="b0", mode=self.rng.choice((Mode.AUTO, Mode.AUTO, Mode.APPROVE)))
         self.journal = self.state  # its last entry
         self._boot()
 
     # ------------------------------------------------------------ chance
 
-    def fault(self, probability: float) -> bool:
-        return self.rng.random() < probability * self.fault_rate
+    def fault(self, name: str, probability: float) -> bool:
+        fired = self.rng.random() < probability * self.fault_rate
+        if fired:
+            self.fired[name] = self.now_s
+        return fired
 
     def _boot(self) -> None:
         """A fresh orchestrator process: only the journal survives."""
@@ -138,16 +158,16 @@ class World:
 
     def _move_replicas(self) -> None:
         for replica in self.replicas:
-            if self.fault(0.01):
+            if self.fault("replica stops or starts", 0.01):
                 replica.alive = not replica.alive
-            if self.fault(0.01):
+            if self.fault("replica restarts", 0.01):
                 replica.incarnation += 1
                 replica.sequence = replica.instances = replica.errors = 0
                 replica.generation, replica.digest = self.stable_file
                 replica.failure = ""
             if replica.alive:
                 replica.instances += self.rng.randint(0, 4)
-                replica.errors += self.fault(0.004)
+                replica.errors += self.fault("request fails", 0.01)
                 replica.sequence += 1
                 self._send("report", (replica.sequence, self._view(replica)))
 
@@ -157,9 +177,9 @@ class World:
         )
 
     def _send(self, kind: str, body: object) -> None:
-        for _ in range(2 if self.fault(0.1) else 1):
-            if not self.fault(0.15):
-                delay = self.rng.randint(1, 8) if self.fault(0.1) else 0
+        for _ in range(2 if self.fault("message duplicated", 0.1) else 1):
+            if not self.fault("message lost", 0.15):
+                delay = self.rng.randint(1, 8) if self.fault("message late", 0.1) else 0
                 self.network.append((self.now_s + delay, kind, body))
 
     def _deliver(self, kind: str) -> None:
@@ -188,7 +208,7 @@ class World:
             return
         if target.generation <= replica.generation and "accept_older" not in self.broken:
             return
-        if self.fault(0.02):
+        if self.fault("storage slow at a replica", self.slow_rate):
             replica.failure = "storage is slow"
             return
         if target.generation < replica.generation:
@@ -217,9 +237,9 @@ class World:
             search=search,
             gate=measured[1] if measured and measured[0] <= self.now_s else None,
             decided=self._labels(),
-            monitor_ready=not self.fault(0.1),
+            monitor_ready=not self.fault("baseline missing", 0.1),
             commands=tuple(self.commands),
-            canary_anomaly="collapsed" if self.fault(0.004) else "",
+            canary_anomaly="collapsed" if self.fault("answers collapse", 0.01) else "",
             stable_published=self.published,
             observing_since_s=self.since_s,
         )
@@ -235,7 +255,7 @@ class World:
 
     def _kind(self, identity: str) -> Kind:
         """More instances seldom change a diagnosis."""
-        if identity not in self.kinds or self.fault(0.05):
+        if identity not in self.kinds or self.fault("diagnosis changes", 0.05):
             self.kinds[identity] = self.rng.choice(KINDS)
         return self.kinds[identity]
 
@@ -244,16 +264,16 @@ class World:
         after, actions = healing.plan(before, observation, SETTINGS)
         if self.rng.random() < 0.05 and healing.plan(before, observation, SETTINGS) != (after, actions):
             raise Violation("plan is not deterministic")
-        if self.fault(0.02):  # crash before the journal
+        if self.fault("crash before the journal", 0.02):  # crash before the journal
             return self._crash()
         self._check_step(before, after, actions)
         self.journal = after
         self.state = after
-        if self.fault(0.02):  # crash between journal and execution
+        if self.fault("crash after the journal", 0.02):  # crash between journal and execution
             return self._crash()
         self.commands = [c for c in self.commands if c.command_id not in after.seen_commands]
         for action in actions:
-            if not self.fault(0.05):
+            if not self.fault("action lost", 0.05):
                 self._act(action)
         return None
 
@@ -270,8 +290,8 @@ class World:
                 self.searches[episode] = (self.now_s, "cancelled", SearchStatus("failed", message="cancelled"))
             case MeasureCandidate(digest=digest):
                 if digest not in self.measured:
-                    late_s = 1000 if self.fault(0.03) else self.rng.randint(0, 5)
-                    good, error = self.rng.random() < 0.75, "oom" if self.fault(0.03) else ""
+                    late_s = 1000 if self.fault("gate late", 0.03) else self.rng.randint(0, 5)
+                    good, error = self.rng.random() < 0.75, "oom" if self.fault("gate fails", 0.03) else ""
                     found = evidence(digest, good, error)
                     if gate.decide(found, Kind.COVARIATE_HARMFUL, SETTINGS).analysis is Analysis.SUCCESSFUL:
                         self.allowed.add(digest)
@@ -285,7 +305,7 @@ class World:
                 self.alarm = None
 
     def _search(self, identity: str) -> tuple[float, str, SearchStatus]:
-        if self.fault(0.03):
+        if self.fault("search hangs", 0.03):
             return self.now_s + 10_000, "hung", SearchStatus("running")
         outcome = self.rng.random()
         if outcome < 0.1:
@@ -306,7 +326,7 @@ class World:
         self._deliver("target")
         if events:
             self._happen()
-        if not self.fault(0.05):
+        if not self.fault("pass skipped", 0.05):
             self._pass()
         self._check_world()
 
@@ -347,6 +367,11 @@ class World:
             self._name(after.candidate_generation, after.candidate)
             self._require(after.candidate in self.allowed, f"{after.candidate} is served without a passed gate")
         self._require(after.stable in self.allowed, f"{after.stable} is stable without a passed gate")
+        if after.phase is not before.phase:
+            since_s = min(self.entered_s, self.now_s - NEAR_S)
+            near = [name for name, at_s in self.fired.items() if at_s >= since_s]
+            self.entered_s = self.now_s
+            self.met.update((f"{before.phase} -> {after.phase}", name) for name in near)
         told_worse = after.test is not None and after.test.outcome is Bet.WORSE
         self._require(not told_worse or before.mode is Mode.OBSERVE, "what labels say is worse is taken back at once")
         events = [a for a in actions if isinstance(a, Record)]
