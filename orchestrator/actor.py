@@ -31,6 +31,7 @@ from orchestrator.storage import Storage, open_storage
 from tuning.prepare import prepare_base
 from tuning.search import RayTrialRunner
 
+PAGE = 200  # journal entries read at once for a notifier that is far behind
 PASS_S = 0.25  # seconds between two passes
 HELLO_TIMEOUT_S = 60.0  # an actor that replays a long journal may take a while to answer
 SOFTWARE = version("rayheal")
@@ -124,7 +125,7 @@ class Orchestrator:
         recent = self._controller.events(after)
         if not recent or recent[0]["seq"] <= after + 1 or after < 0:
             return recent
-        older = self._read_only.entries(after)
+        older = self._read_only.entries(after, PAGE)
         return [{"seq": e.seq, "time_s": e.time_s, "event": e.event, "body": e.body} for e in older]
 
     def hello(self) -> tuple[ServiceConfig, str]:
@@ -137,7 +138,7 @@ class Orchestrator:
 
     def state(self) -> dict[str, Any]:
         """What `GET /healing` answers."""
-        waiting = {notifier.name: notifier.problem for notifier in self._notifiers if notifier.problem}
+        waiting = {notifier.name: notifier.trouble for notifier in self._notifiers if notifier.trouble}
         return self._controller.state() | {"notify": waiting}
 
     def command(self, command: Command) -> dict[str, Any]:

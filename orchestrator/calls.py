@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import html
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Call:
 def call_for(service: str, seq: int, time_s: float, event: str, body: dict[str, Any]) -> Call | None:
     """The message of a journal entry; None where nobody needs to know."""
     episode = str(body.get("id" if event == "episode_closed" else "episode", ""))
-    reason = str(body.get("message" if event == "confirmed" else "reason", ""))
+    reason = str(body.get("message" if event in ("confirmed", "contradicted") else "reason", ""))
     found: tuple[str, str, str, str]  # type, summary, what to do, severity
     if event == "phase_entered" and body.get("phase") == Phase.AWAITING_APPROVAL.value:
         todo = f"look at `heal explain {episode}`, then `heal approve --reason ...` or `heal abort --reason ...`"
@@ -69,6 +70,10 @@ def call_for(service: str, seq: int, time_s: float, event: str, body: dict[str, 
     elif event == "reverted":
         summary = f"labels contradict {str(body.get('previous'))[:12]}: {str(body.get('digest'))[:12]} is served again"
         found = "adapter.reverted", summary, "look at `heal history`; the next alarm is searched for anew", "critical"
+    elif event == "contradicted":
+        summary = f"labels contradict {str(body.get('digest'))[:12]}"
+        todo = "in observe mode: `heal rollback --reason ...`; else nothing, it is being taken back"
+        found = "adapter.contradicted", summary, todo, "warning"
     elif event == "confirmed":
         found = "adapter.confirmed", f"labels confirm {str(body.get('digest'))[:12]}", "nothing", "info"
     else:
@@ -107,7 +112,8 @@ def cloud_event(call: Call, _: str) -> dict[str, Any]:
 
 def slack(call: Call, _: str) -> dict[str, Any]:
     """An incoming webhook's message."""
-    return {"text": f"*{call.service}: {call.summary}*\n{call.reason}\nWhat to do: {call.todo}"}
+    text = f"*{call.service}: {call.summary}*\n{call.reason}\nWhat to do: {call.todo}"
+    return {"text": html.escape(text, quote=False)}  # a source named <!channel> must not call everybody
 
 
 def pagerduty(call: Call, query: str) -> dict[str, Any]:
@@ -144,7 +150,8 @@ class Receiver:
     @property
     def name(self) -> str:
         """A name without the URL's secrets."""
-        return f"{urlsplit(self.url).hostname}-{hashlib.sha256((self.format + self.url).encode()).hexdigest()[:8]}"
+        secret = "\n".join((self.format, self.url, self.query))
+        return f"{urlsplit(self.url).hostname}-{hashlib.sha256(secret.encode()).hexdigest()[:8]}"
 
     def body(self, call: Call) -> bytes:
         """What is sent."""
@@ -159,17 +166,24 @@ def parse_receivers(text: str) -> tuple[Receiver, ...]:
     """
     found = []
     for number, word in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
-        parts = urlsplit(word)
+        try:
+            parts = urlsplit(word)
+            usable = parts.username is None and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:
+            parts, usable = urlsplit(""), False
         kind, _, scheme = parts.scheme.rpartition("+")
-        if scheme not in ("http", "https") or not parts.hostname or kind not in FORMATS:
+        printable = word.isascii() and word.isprintable() and " " not in word
+        if not usable or not printable or scheme not in ("http", "https") or kind not in FORMATS:
             known = ", ".join(f"{name}+https://..." for name in FORMATS if name)
-            raise SpecError(f"notify must hold URLs like https://... or {known}; its URL number {number} is none")
+            raise SpecError(
+                f"notify must hold URLs like https://... (no user, no spaces) or {known}; URL number {number} is none"
+            )
         if kind == "pagerduty" and "routing_key" not in parse_qs(parts.query):
             raise SpecError(f"notify: the pagerduty URL must end in ?routing_key=...; URL number {number} does not")
         keeps = "" if kind == "pagerduty" else parts.query
         url = urlunsplit((scheme, parts.netloc, parts.path, keeps, ""))
         found.append(Receiver(url, kind, parts.query))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def sign(secret: str, message_id: str, sent_s: int, body: bytes) -> str:

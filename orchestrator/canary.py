@@ -41,8 +41,7 @@ class PairedTest:
         against: the old one.
         alpha: chance, at most, that a version which is no better is ever called better.
         wins: labelled disagreements in which the new version is right and the old one wrong.
-        losses: the other way round. Disagreements in which both are wrong decide nothing.
-        neither: how many those were.
+        losses: the other way round. Disagreements in which both are wrong decide nothing and are not counted.
     """
 
     digest: str
@@ -50,7 +49,6 @@ class PairedTest:
     alpha: float
     wins: int = 0
     losses: int = 0
-    neither: int = 0
 
     @property
     def outcome(self) -> Bet:

@@ -21,7 +21,11 @@ def count_labels(state: State, observation: Observation) -> Outcome:
     test = state.test
     if test is None or test.outcome is not Bet.UNDECIDED or test.full:
         return state, ()
-    pairs = [d for d in observation.decided if (d.digest, d.against) == (test.digest, test.against)]
+    pairs = [
+        pair
+        for pair in observation.decided
+        if (pair.digest, pair.against) == (test.digest, test.against) and pair.right != pair.against_right
+    ]
     if not pairs:
         return state, ()
     counted = _add(test, pairs)
@@ -30,12 +34,11 @@ def count_labels(state: State, observation: Observation) -> Outcome:
         "against": test.against,
         "wins": counted.wins,
         "losses": counted.losses,
-        "neither": counted.neither,
         "message": counted.inequality(),
     }
     state = replace(state, test=counted)
     if counted.outcome is not Bet.BETTER:
-        return state, (Record("labels_compared", body),)
+        return state, (Record("contradicted" if counted.outcome is Bet.WORSE else "labels_compared", body),)
     state = replace(state, tests_won=state.tests_won + 1)
     if state.episode is not None and state.phase in (Phase.CANARY, Phase.ROLLING, Phase.BAKING):
         state = update_episode(state, provisional=False)
@@ -49,12 +52,7 @@ def _add(test: PairedTest, pairs: list[Decided]) -> PairedTest:
     for pair in pairs:
         if test.outcome is not Bet.UNDECIDED or test.full:
             break
-        if pair.right and not pair.against_right:
-            test = replace(test, wins=test.wins + 1)
-        elif pair.against_right and not pair.right:
-            test = replace(test, losses=test.losses + 1)
-        else:
-            test = replace(test, neither=test.neither + 1)
+        test = replace(test, wins=test.wins + 1) if pair.right else replace(test, losses=test.losses + 1)
     return test
 
 

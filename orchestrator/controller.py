@@ -74,6 +74,7 @@ class Controller:
         self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._labels: OrderedDict[str, LabelArrived] = OrderedDict()
         self._pairs = Pairs()
+        self._counted = False  # the last pass counted labels, and did nothing else
         self._label_test: LabelTest | None = None
         self._label_alarm: Alarm | None = None
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
@@ -90,10 +91,12 @@ class Controller:
         """Count a report once and answer with what this replica should serve."""
         with self._lock:
             now_s = self._clock()
+            # After a restart nobody knows whether the report under way was counted before: its pairs are left out.
+            certain = report.sequence == 0 or self._fleet.knows(report.replica_tag)
             if self._fleet.admit(report, now_s) and report.base == self.config.base:
                 for window in report.windows:
                     self._monitor.absorb(report.replica_tag, window)
-                for pair in report.disagreements:
+                for pair in report.disagreements if certain else ():
                     self._pairs.take(pair, self._labels.get(pair.instance_id))
                 for label in report.labels:
                     self._take_label(label, now_s)
@@ -140,6 +143,7 @@ class Controller:
         with self._lock:
             self._state = state
             self._pairs.forget(observation.decided)
+            self._counted = bool(observation.decided)
             while self._commands and self._commands[0].command_id in state.seen_commands:
                 self._commands.popleft()
         for action in actions:
@@ -166,7 +170,7 @@ class Controller:
                 search=search or NO_SEARCH,
                 gate=gate,
                 monitor_ready=self._monitor.has_baseline(state.stable),
-                decided=self._pairs.decided,
+                decided=() if self._counted else self._pairs.decided,  # every other pass: the loop must go on
                 commands=tuple(self._commands),
                 canary_anomaly=self._canary_anomaly(state),
                 stable_published=self._stable_published,
@@ -316,9 +320,10 @@ class Controller:
     def _deployed(self, state: State) -> State:
         """A newer deployment's mode replaces the one in force; a restart of the same deployment changes nothing."""
         known = [e["body"]["deployed_s"] for e in self._events if e["event"] == "deployed"]
-        if known and known[-1] >= self.config.deployed_s:
+        known.append(state.deployed_s)  # 0 in journals of older releases, which kept it in the event alone
+        if max(known) >= self.config.deployed_s and (len(known) > 1 or state.deployed_s):
             return state
-        state = replace(state, mode=self.config.settings.mode)
+        state = replace(state, mode=self.config.settings.mode, deployed_s=self.config.deployed_s)
         self._write("deployed", {"deployed_s": self.config.deployed_s, "mode": state.mode.value}, state)
         return state
 

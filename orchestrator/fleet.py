@@ -50,6 +50,10 @@ class Fleet:
         self._recent: deque[_Requests] = deque()
         self.repeated = 0
 
+    def knows(self, replica_tag: str) -> bool:
+        """Whether this replica has reported before."""
+        return replica_tag in self._rows
+
     def admit(self, report: Report, now_s: float) -> bool:
         """Note a report; False when it was counted before (repeated or late)."""
         row = self._rows.get(report.replica_tag)

@@ -93,15 +93,16 @@ def plan(state: State, observation: Observation, settings: HealSettings) -> tupl
         The state to journal before anything else, and the actions to run then, in order. Equal arguments give equal
         results; a pass without news returns an equal state and no `Record`.
     """
-    counted, tallied = confirm.count_labels(state, observation)
-    after, actions = _revert(counted, observation, settings)
+    # A label is observed once: the entry that counts it must hold the state, so the pass does nothing else.
+    after, actions = confirm.count_labels(state, observation)
     if not actions:
-        after, actions = handle_commands(counted, observation, settings)
+        after, actions = _revert(state, observation, settings)
+    if not actions:
+        after, actions = handle_commands(state, observation, settings)
         moved = (after.phase, after.generation) != (state.phase, state.generation)
         if not moved and not after.paused:
             after, more = PHASES[after.phase](after, observation, settings)
             actions = (*actions, *more)
-    actions = (*tallied, *actions)
     return after, (*actions, *_upkeep(after, observation, actions))
 
 

@@ -127,8 +127,10 @@ class Journal:
         state: dict[str, Any] = payload["state"]
         return state
 
-    def entries(self, after: int = -1) -> list[Entry]:
+    def entries(self, after: int = -1, limit: int | None = None) -> list[Entry]:
         """Entries with a number above `after`, oldest first; each one's signature is checked, the chain is not.
+
+        `limit` is how many are read at most; None: all.
 
         Raises:
             IntegrityError: a signature does not verify.
@@ -139,7 +141,7 @@ class Journal:
             seqs = list(range(first, self._next))
         else:
             seqs = [seq for seq in _sequence(self._storage.list(_FOLDER)) if seq >= first]
-        return [_entry(self._read(seq)[0]) for seq in seqs]
+        return [_entry(self._read(seq)[0]) for seq in seqs[:limit]]
 
     def _create(self, seq: int, data: bytes) -> None:
         try:

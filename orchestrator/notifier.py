@@ -6,6 +6,7 @@ a message that was sent twice (a crash between delivery and cursor) carries the 
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import threading
@@ -28,6 +29,16 @@ log = logging.getLogger("rayheal")
 Events = Callable[[int], Iterable[dict[str, Any]]]
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would arrive as a GET without its body, wherever the receiver likes."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 def send(receiver: Receiver, secret: str, call: Call) -> bool:
     """One delivery.
 
@@ -35,7 +46,7 @@ def send(receiver: Receiver, secret: str, call: Call) -> bool:
         False where the receiver says that it will never take this message.
 
     Raises:
-        OSError: it was not taken now (`urllib.error.HTTPError` and `URLError` among them).
+        OSError: it was not taken now: not reached, an error of the server, a redirect.
     """
     body, sent_s = receiver.body(call), int(time.time())
     headers = {
@@ -44,14 +55,16 @@ def send(receiver: Receiver, secret: str, call: Call) -> bool:
         "webhook-timestamp": str(sent_s),
         "webhook-signature": sign(secret, call.id, sent_s, body),
     }
-    request = urllib.request.Request(receiver.url, body, headers, method="POST")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+        request = urllib.request.Request(receiver.url, body, headers, method="POST")
+        with _OPENER.open(request, timeout=TIMEOUT_S):
             return True
     except urllib.error.HTTPError as error:
         if 400 <= error.code < 500 and error.code not in TRY_AGAIN:
             return False
-        raise
+        raise OSError(f"HTTP {error.code}") from None
+    except (http.client.HTTPException, ValueError) as error:  # what they say may hold the URL, and that a secret
+        raise OSError(f"no HTTP answer ({type(error).__name__})") from None
 
 
 class Notifier:
@@ -76,7 +89,7 @@ class Notifier:
         pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self.problem = ""  # why messages wait; empty when none does
-        self.sent = 0
+        self.sent = self.refused = 0
         self.name = receiver.name
         self._service, self._receiver, self._secret = service, receiver, secret
         self._storage, self._events, self._first_pause_s = storage, events, pause_s
@@ -85,6 +98,11 @@ class Notifier:
         self._after: int | None = None
         self._thread = threading.Thread(target=self._run, name=f"notify {receiver.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def trouble(self) -> str:
+        """Why messages wait, or how many were dropped as never taken; empty when all is well."""
+        return self.problem or (f"{self.refused} messages refused and dropped" if self.refused else "")
 
     def wake(self) -> None:
         """There may be new entries."""
@@ -102,8 +120,9 @@ class Notifier:
             self._news.clear()
             try:
                 self._deliver()
-            except (HealError, OSError) as error:  # OSError: the network, and urllib's own errors
-                self._say(f"{type(error).__name__}: {error}")
+            except Exception as error:  # whatever breaks here must not end the thread, and must be seen
+                known = isinstance(error, HealError | OSError)
+                self._say(f"{type(error).__name__}: {error}" if known else type(error).__name__)
                 self._stopping.wait(pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
                 continue
@@ -115,19 +134,27 @@ class Notifier:
         """Send all that is new; raises at the first message that is not taken."""
         if self._after is None:
             self._after = self._read_cursor()
+        while entries := list(self._events(self._after)):
+            if not self._deliver_page(entries):
+                return
+
+    def _deliver_page(self, entries: list[dict[str, Any]]) -> bool:
+        """Send a page of entries in order; False when it was told to stop."""
         moved = False
-        for entry in self._events(self._after):
+        for entry in entries:
             call = call_for(self._service, entry["seq"], entry["time_s"], entry["event"], entry["body"])
             if call is not None and not self._stopping.is_set():
                 if not send(self._receiver, self._secret, call):
                     log.error("%s will never take message %s; it is dropped", self._receiver.name, call.id)
+                    self.refused += 1
                 self.sent += 1
                 self._write_cursor(entry["seq"])
             if self._stopping.is_set():
-                return
+                return False
             self._after, moved = entry["seq"], moved or call is None
-        if moved:
+        if moved and self._after is not None:
             self._write_cursor(self._after)
+        return True
 
     def _read_cursor(self) -> int:
         """The last entry that was dealt with. A receiver named for the first time hears of what comes from now on."""

@@ -34,7 +34,7 @@ class Pairs:
     def join(self, label: LabelArrived) -> None:
         """A label; one of an instance that nobody disagrees on says nothing."""
         pair = self._open.pop(label.instance_id, None)
-        if pair is None:
+        if pair is None or len(self._decided) >= MAX_PAIRS:  # so many only where no pass has come through for long
             return
         right, against_right = pair.prediction == label.label, pair.against_prediction == label.label
         self._decided.append(Decided(pair.instance_id, pair.digest, right, pair.against, against_right))

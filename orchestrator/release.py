@@ -22,6 +22,8 @@ SETTLE_HEARTBEATS = 3  # an orchestrator that just started has heard from all re
 def canary_trouble(state: State, observation: Observation, settings: HealSettings) -> str:
     """Why the canary must not go on, in words; empty when all is well."""
     assert state.episode is not None
+    if not state.episode.canaries:
+        return "the journal is of a release that watched its canary otherwise"
     troubles = (_trouble(state, canary, observation, settings) for canary in state.episode.canaries)
     first = next(filter(None, troubles), "")
     if first or not observation.canary_anomaly:
@@ -61,10 +63,10 @@ def watch_canary(state: State, observation: Observation, settings: HealSettings)
     `_revert` has seen to all that is wrong with them.
     """
     assert state.episode is not None
-    if not state.episode.step_s:
-        return _await_canaries(state, observation, settings)
     if state.test is not None and state.test.outcome is Bet.BETTER:
         return enter_rolling(state, observation, f"labels: {state.test.inequality()}")
+    if not state.episode.step_s:
+        return _await_canaries(state, observation, settings)
     return _await_traffic(state, observation, settings)
 
 
@@ -80,8 +82,10 @@ def _await_canaries(state: State, observation: Observation, settings: HealSettin
             records.append(Record("canary_acked", body))
         acked.append(canary)
     if records:
-        step_s = now_s if all(c.acked_s is not None for c in acked) else 0.0
-        return update_episode(state, canaries=tuple(acked), step_s=step_s), tuple(records)
+        complete = all(c.acked_s is not None for c in acked)
+        if complete:  # the step's instances count from here, those of earlier canaries too
+            acked = [_counted_anew(state, canary, observation) for canary in acked]
+        return update_episode(state, canaries=tuple(acked), step_s=now_s if complete else 0.0), tuple(records)
     if now_s - episode.phase_s <= settings.canary_max_s:
         return state, ()
     late = tuple(canary for canary in episode.canaries if canary.acked_s is None)
@@ -89,6 +93,11 @@ def _await_canaries(state: State, observation: Observation, settings: HealSettin
         f"canary {_names(late)} did not apply generation {state.candidate_generation} in {settings.canary_max_s:.0f} s"
     )
     return abort(state, observation, settings, reason)
+
+
+def _counted_anew(state: State, canary: Canary, observation: Observation) -> Canary:
+    view = _view(state, canary, observation)
+    return canary if view is None else replace(canary, instances=view.instances)
 
 
 def _await_traffic(state: State, observation: Observation, settings: HealSettings) -> Outcome:
@@ -99,7 +108,7 @@ def _await_traffic(state: State, observation: Observation, settings: HealSetting
     for canary in episode.canaries:
         view = _view(state, canary, observation)
         served += view.instances - canary.instances if view is not None else 0
-    waited_s, wanted = observation.now_s - episode.step_s, settings.canary_instances * (episode.canary_step + 1)
+    waited_s, wanted = observation.now_s - episode.step_s, settings.canary_instances
     if served >= wanted and waited_s >= settings.canary_step_s:
         return _next_step(state, observation, settings, f"canary served {served} >= {wanted} instances")
     if served < wanted and waited_s > settings.canary_max_s + settings.canary_step_s:

@@ -37,7 +37,10 @@ NO_SEARCH = SearchStatus(state="absent")
 
 @dataclass(frozen=True)
 class Canary:
-    """One replica that serves a candidate ahead of the others. Counters as they stood at its ack."""
+    """One replica that serves a candidate ahead of the others.
+
+    `instances` as they stood when the step's last canary acked, `errors` as they stood at its own ack.
+    """
 
     tag: str
     incarnation: str
@@ -113,6 +116,7 @@ class State:
     test: PairedTest | None = None  # of the candidate, or of what was promoted until labels decide
     tests_begun: int = 0
     tests_won: int = 0
+    deployed_s: float = 0.0  # of the newest deployment whose mode was taken over
     promoted: tuple[str, ...] = ()  # digests that passed the gate and were rolled out: what a rollback may name
     cooldown_until_s: float = 0.0
     monitor_reset_s: float = 0.0  # alarms raised before this are answered already

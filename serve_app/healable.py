@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from orchestrator.calls import parse_receivers
 from orchestrator.errors import HealError, RequestError
 from orchestrator.messages import BASE, Report, Target
 from orchestrator.registry import read_stable
@@ -82,6 +83,7 @@ class Healable:
         **settings: Any,
     ) -> None:
         checked = HealSettings.from_dict(settings)
+        parse_receivers(checked.notify)  # here, where it can still be mended: the orchestrator cannot start with it
         self.spec = spec if isinstance(spec, ModelSpec) else load_spec(spec)
         self.storage = open_storage(storage)
         self.device = resolve_device(device) if device else _device_of(module)

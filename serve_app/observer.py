@@ -131,12 +131,10 @@ class Observer:
             return
         segment = self.windows.segment(ask.segment)
         logits = answer.logits.detach() if isinstance(answer.logits, torch.Tensor) else answer.logits
-        self._traffic.offer(
-            Rows(answer.ids, now_s, segment, answer.digest, answer.generation, _own(ask.inputs), logits)
-        )
+        self._traffic.offer(Rows(answer.ids, now_s, segment, answer.digest, answer.generation, own(ask.inputs), logits))
 
 
-def _own(inputs: Any) -> Any:
+def own(inputs: Any) -> Any:
     """A copy where the caller could write to it later; a read-only array is a request's body and stays."""
     if isinstance(inputs, torch.Tensor):
         return inputs.detach().clone()

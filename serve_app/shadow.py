@@ -11,6 +11,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import nn
 
 from orchestrator.messages import Disagreement
 from serve_app.forward import Answer, Ask, Runner
+from serve_app.observer import own
 
 MAX_ROWS = 64  # of one request that are compared, and of all that wait
 MAX_KEPT = 2_000  # disagreements that wait for a report; the surplus is dropped and counted
@@ -69,7 +71,7 @@ class Shadow:
             rows = min(len(ask.inputs), MAX_ROWS)
             if not self._against or answer.digest == self._against or self._rows + rows > MAX_ROWS:
                 return
-            self._queue.append((ask, answer))
+            self._queue.append((replace(ask, inputs=own(ask.inputs[:MAX_ROWS])), answer))
             self._rows += rows
             self._changed.notify()
 
@@ -113,7 +115,7 @@ class Shadow:
         module = self._find(against)
         if module is None:  # not loaded yet, or retired meanwhile
             return
-        asks = [Ask(ask.inputs[:MAX_ROWS], ask.request_id) for ask, _ in work]
+        asks = [ask for ask, _ in work]
         with torch.inference_mode():
             other_N = self._runner.run(module, asks).logits.float().argmax(dim=1).cpu().numpy()
         start = 0
@@ -125,15 +127,17 @@ class Shadow:
             self.compared += start
 
     def _keep(self, answer: Answer, own_N: np.ndarray, other_N: np.ndarray, against: str) -> None:
-        ids = answer.ids
-        fresh = [
-            Disagreement(ids[i], answer.digest, int(own_N[i]), against, int(other_N[i]))
-            for i in np.flatnonzero(own_N != other_N)
-        ]
+        """One disagreement of a request at most, by lot: its rows are of one place and time, no bets of their own."""
+        differ = np.flatnonzero(own_N != other_N)
+        if len(differ) == 0:
+            return
+        i = int(random.choice(differ))
+        pair = Disagreement(answer.ids[i], answer.digest, int(own_N[i]), against, int(other_N[i]))
         with self._changed:
-            room = max(MAX_KEPT - len(self._found), 0)
-            self._found.extend(fresh[:room])
-            self.dropped += len(fresh) - len(fresh[:room])
+            if len(self._found) < MAX_KEPT:
+                self._found.append(pair)
+            else:
+                self.dropped += 1
 
     def _say(self, problem: str) -> None:
         if problem and problem != self.problem:

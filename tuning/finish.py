@@ -5,7 +5,9 @@ Called by both runners. The gate's figures come from rows that neither trained n
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -49,6 +51,8 @@ MIN_GATE_ROWS = 8
 # of its rows with the traffic's look: then the traffic has few of it.
 SEEN_SHARE, LOST_SHARE, KEPT_RECALL = 0.02, 0.10, 0.5
 
+log = logging.getLogger("rayheal")
+
 
 def register_winner(
     storage: Storage, bench: Workbench, result: TrialResult, exported: Exported, keys: ServiceKeys | None
@@ -84,6 +88,22 @@ def save_candidate(
     config, tensors = exported
     check_adapter(bench.module, config, tensors)
     return save_adapter(storage, config, tensors, _manifest(bench, result), keys)
+
+
+def save_runner_up(
+    storage: Storage,
+    bench: Workbench,
+    result: TrialResult,
+    read: Callable[[], Exported | None],
+    keys: ServiceKeys | None,
+) -> str | None:
+    """The digest of the second choice; None where it cannot be had: the winner stands without it."""
+    try:
+        exported = read()
+        return None if exported is None else save_candidate(storage, bench, result, exported, keys)
+    except HealError as error:
+        log.warning("the second choice of %s is not kept: %s", bench.request.episode, error)
+        return None
 
 
 def save_baseline_of(storage: Storage, bench: Workbench, digest: str) -> None:

@@ -13,7 +13,7 @@ from orchestrator.errors import HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialResult
 from orchestrator.storage import Storage
-from tuning.finish import measure, register_winner, save_candidate
+from tuning.finish import measure, register_winner, save_runner_up
 from tuning.outset import settle
 from tuning.records import encode, read_evidence, read_status, started_key, write_evidence, write_status
 from tuning.scoring import choose_runner_up, choose_winner
@@ -93,8 +93,8 @@ class InProcessRunner:
         digest = runner_up = None
         if winner is not None and (exported := adapters[winner.trial_id]) is not None:
             digest = register_winner(self._storage, bench, winner, exported, self._keys)
-        if second is not None and (exported := adapters[second.trial_id]) is not None:
-            runner_up = save_candidate(self._storage, bench, second, exported, self._keys)
+        if second is not None:
+            runner_up = save_runner_up(self._storage, bench, second, lambda: adapters[second.trial_id], self._keys)
         return SearchStatus(
             state="finished",
             trials=tuple(results),

@@ -20,7 +20,7 @@ from orchestrator.errors import HealError
 from orchestrator.keys import ServiceKeys
 from orchestrator.messages import GateEvidence, SearchRequest, SearchStatus, TrialConfig, TrialResult
 from orchestrator.storage import open_storage
-from tuning.finish import measure, register_winner, save_candidate
+from tuning.finish import measure, register_winner, save_runner_up
 from tuning.outset import settle
 from tuning.progress import Progress
 from tuning.records import read_evidence, read_status, write_evidence, write_status
@@ -185,7 +185,7 @@ class SearchActor:
         if winner is not None:
             digest = _on_device(_registered, resources, self._request, winner, exported(winner), self._keys)
         if second is not None:
-            runner_up = save_candidate(self._storage, bench, second, exported(second), self._keys)
+            runner_up = save_runner_up(self._storage, bench, second, lambda: exported(second), self._keys)
         return replace(
             status,
             trials=tuple(results),

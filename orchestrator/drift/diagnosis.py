@@ -41,8 +41,9 @@ NORMAL_P = 0.05  # all p-values above this: the alarm was false
 DISPERSION = 4.0  # of class counts, in those of independent traffic
 SUSPICIOUS_GROWTH = 3.0  # a source that strays and sends this many times its former share of the traffic floods
 HARM_SIGMAS = 2.0  # standard errors by which the estimated loss must clear the threshold, on either side
-# Total variation of the shares of predicted classes. A model that calls most of its inputs one class may do so with all
-# the confidence it ever had: no estimate from confidence sees that, and answers that moved this far did not stay right.
+# Total variation of the shares of predicted classes, beyond chance. A model that calls most of its inputs one class may
+# do so with all the confidence it ever had: no estimate from confidence sees that, and answers that moved this far did
+# not stay right.
 MAX_BENIGN_CHANGE = 0.3
 
 
@@ -127,8 +128,15 @@ def _evidence(case: Case, loss: LossEstimate) -> dict[str, Any]:
 
 
 def _class_share_change(case: Case) -> float:
-    """Total variation between the shares of predicted classes now and in normal traffic, 0..1."""
+    """Total variation between the shares of predicted classes now and in normal traffic, 0..1; chance included."""
     return 0.5 * float(np.abs(case.summary.class_shares_K - case.baseline.class_shares_K).sum())
+
+
+def _change_by_chance(case: Case) -> float:
+    """What `_class_share_change` is on average where nothing changed, in traffic of dispersion DISPERSION."""
+    p_K = case.baseline.class_shares_K
+    variance_K = p_K * (1.0 - p_K) * DISPERSION / max(case.summary.num_valid, 1)
+    return 0.5 * float(np.sqrt(2.0 * variance_K / np.pi).sum())
 
 
 def _on(case: Case, window: Window | None) -> Case:
@@ -216,7 +224,10 @@ def _weigh_harm(case: Case, loss: LossEstimate, final: bool) -> Finding | None:
     if loss.loss - margin >= limit:
         reason = f"inputs changed ({_inequality(case.alarm)}), {words} >= {limit:.3f}"
         return Finding(Kind.COVARIATE_HARMFUL, reason, {})
-    moved, classes = _class_share_change(case), classes_p(case.baseline, case.evidence.classes_K, DISPERSION)
+    moved, classes = (
+        _class_share_change(case) - _change_by_chance(case),
+        classes_p(case.baseline, case.evidence.classes_K, DISPERSION),
+    )
     if moved > MAX_BENIGN_CHANGE and classes <= PASSED_P:
         reason = f"inputs changed, and predicted classes moved by {moved:.2f} > {MAX_BENIGN_CHANGE} for all its {words}"
         return Finding(Kind.COVARIATE_HARMFUL, reason, {})

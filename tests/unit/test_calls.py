@@ -29,6 +29,9 @@ def entry(seq: int, event: str, **body: Any) -> dict[str, Any]:
     return {"seq": seq, "time_s": 1000.0 + seq, "event": event, "body": body}
 
 
+BAD = ["https://u:s3cret@x/", "https://x:port/", "https://x/a b", "https://[bad/", "https://x/\u00e9"]
+
+
 class Desk(ThreadingHTTPServer):
     """A receiver: keeps what it takes, answers with `status`."""
 
@@ -57,10 +60,15 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.changed:  # before the answer: who has it may look here
             status = self.server.status
             self.server.asked += 1
-            if status < 300:
+            if 200 <= status < 300:
                 self.server.taken.append(({k.lower(): v for k, v in self.headers.items()}, body))
             self.server.changed.notify_all()
+        if status == 0:
+            self.wfile.write(b"garbage\r\n\r\n")
+            return
         self.send_response(status)
+        if 300 <= status < 400:
+            self.send_header("Location", "/elsewhere")
         self.end_headers()
 
     def log_message(self, *_: Any) -> None:
@@ -117,7 +125,9 @@ def test_slack_and_pagerduty_get_messages_of_their_own() -> None:
     assert sent["payload"]["severity"] == "warning"
 
 
-@pytest.mark.parametrize("text", ["ftp://x", "teams+https://x", "https:///p", "pagerduty+https://x/y", "https://a, b"])
+@pytest.mark.parametrize(
+    "text", ["ftp://x", "teams+https://x", "https:///p", "pagerduty+https://x/y", "https://a, b", *BAD]
+)
 def test_a_url_that_is_none_is_refused_without_repeating_its_secret(text: str) -> None:
     with pytest.raises(SpecError, match="notify") as caught:
         parse_receivers(text)
@@ -173,6 +183,50 @@ def test_a_receiver_that_is_down_for_a_while_loses_nothing(desk: Desk, tmp_path:
     assert [headers["webhook-id"] for headers, _ in desk.taken] == [f"digits/{n}" for n in range(5)]
 
 
+@pytest.mark.parametrize("status", [0, 301, 308, 503])
+def test_an_answer_that_is_none_a_redirect_or_an_error_keeps_the_message(
+    desk: Desk, tmp_path: Path, status: int
+) -> None:
+    storage = open_storage(tmp_path)
+    storage.put(f"notify/{Receiver(desk.url).name}.json", b'{"after": -1}')
+    desk.status = status
+    notifier = Notifier(
+        "digits",
+        Receiver(desk.url),
+        SECRET,
+        storage,
+        lambda after: [e for e in [entry(0, "episode_closed", **CLOSED)] if e["seq"] > after],
+        pause_s=0.01,
+    )
+    desk.wait(lambda: desk.asked >= 2)
+    assert notifier.trouble
+    desk.status = 204
+    desk.wait(lambda: len(desk.taken) == 1)
+    notifier.close()
+
+
+def test_a_broken_cursor_is_said_and_ends_nothing(desk: Desk, tmp_path: Path) -> None:
+    storage, key = open_storage(tmp_path), f"notify/{Receiver(desk.url).name}.json"
+    storage.put(key, b"")
+    entries = [entry(0, "episode_closed", **CLOSED)]
+    events = lambda after: [e for e in entries if e["seq"] > after]  # noqa: E731
+    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, events, pause_s=0.01)
+    for _ in range(1000):
+        if notifier.trouble:
+            break
+        threading.Event().wait(0.01)
+    assert notifier.trouble == "JSONDecodeError"
+    storage.put(key, b'{"after": -1}')
+    desk.wait(lambda: len(desk.taken) == 1)
+    notifier.close()
+
+
+def test_receivers_that_differ_in_their_key_alone_have_cursors_of_their_own() -> None:
+    url = "pagerduty+https://e.test/v2?routing_key="
+    first, second = parse_receivers(f"{url}A, {url}B, {url}A")
+    assert first.name != second.name
+
+
 def test_a_message_that_is_never_taken_does_not_hold_up_the_next(desk: Desk, tmp_path: Path, caplog: Any) -> None:
     entries = [entry(0, "episode_closed", **CLOSED)]
     storage = open_storage(tmp_path)
@@ -187,6 +241,7 @@ def test_a_message_that_is_never_taken_does_not_hold_up_the_next(desk: Desk, tmp
     desk.wait(lambda: len(desk.taken) == 1)
     notifier.close()
     assert "will never take message digits/0" in caplog.text
+    assert notifier.trouble == "1 messages refused and dropped"
 
 
 def test_the_command_tries_each_receiver(

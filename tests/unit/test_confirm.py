@@ -25,8 +25,8 @@ def test_a_candidate_begins_a_test_against_what_is_stable() -> None:
 def test_labels_that_prove_the_gain_end_the_canary_before_its_traffic_does() -> None:
     loop = Loop().to(Phase.CANARY).step()
     loop.step(decided=labels(12))
-    assert loop.state.phase is Phase.ROLLING
-    assert [r.event for r in loop.records[-2:]] == ["confirmed", "phase_entered"]
+    assert (loop.state.phase, loop.records[-1].event) == (Phase.CANARY, "confirmed"), "a pass that counts does no more"
+    assert loop.step().state.phase is Phase.ROLLING
     loop.step(after_s=2).step(after_s=6)
     closed_as(loop, Verdict.HEALED, "confirmed by labels", "9 wins, 0 losses", ">= 100")
     assert loop.state.last_verdict is not None
@@ -36,7 +36,7 @@ def test_labels_that_prove_the_gain_end_the_canary_before_its_traffic_does() -> 
 
 def test_labels_that_show_harm_abort_the_canary() -> None:
     loop = Loop().to(Phase.CANARY).step()
-    loop.step(decided=labels(0, 9))
+    loop.step(decided=labels(0, 9)).step()
     closed_as(loop, Verdict.ABORTED, "labels: 0 wins, 7 losses")
     restored(loop)
     assert loop.state.test is None
@@ -44,7 +44,7 @@ def test_labels_that_show_harm_abort_the_canary() -> None:
 
 @pytest.mark.parametrize("phase", [Phase.ROLLING, Phase.BAKING])
 def test_labels_that_show_harm_take_back_what_is_being_rolled_out(phase: Phase) -> None:
-    loop = Loop().to(phase).step(after_s=0.1, follow=phase is Phase.BAKING, decided=labels(0, 9))
+    loop = Loop().to(phase).step(after_s=0.1, follow=phase is Phase.BAKING, decided=labels(0, 9)).step(after_s=0.1)
     closed_as(loop, Verdict.ABORTED, "evidence of harm")
     restored(loop)
 
@@ -55,7 +55,7 @@ def test_labels_of_another_comparison_and_of_two_wrong_answers_decide_nothing() 
     assert loop.state.phase is Phase.CANARY
     loop.step(decided=tuple(Decided(f"i{n}", "d1", False, BASE, False) for n in range(30)))
     assert loop.state.test is not None
-    assert (loop.state.test.neither, loop.state.test.wins, loop.state.phase) == (30, 0, Phase.CANARY)
+    assert (loop.state.test.wins, loop.state.test.losses, loop.state.phase) == (0, 0, Phase.CANARY)
 
 
 def test_a_provisional_promotion_goes_on_being_tested_until_labels_confirm_it() -> None:
@@ -74,6 +74,8 @@ def test_a_provisional_promotion_goes_on_being_tested_until_labels_confirm_it() 
 def test_a_provisional_promotion_that_labels_contradict_is_reverted_on_every_replica() -> None:
     loop = Loop().heal()
     loop.step(after_s=3600, decided=labels(1, 12))
+    assert loop.records[-1].event == "contradicted"
+    loop.step()
     assert loop.records[-1].event == "reverted"
     assert loop.state.last_verdict is not None
     assert loop.state.last_verdict["verdict"] == "aborted"
@@ -83,7 +85,7 @@ def test_a_provisional_promotion_that_labels_contradict_is_reverted_on_every_rep
 
 
 def test_what_labels_contradict_is_reverted_in_the_middle_of_the_next_episode_too() -> None:
-    loop = Loop().heal().to(Phase.SEARCHING).step(decided=labels(0, 12))
+    loop = Loop().heal().to(Phase.SEARCHING).step(decided=labels(0, 12)).step()
     closed_as(loop, Verdict.ABORTED, "evidence of harm")
     assert loop.state.stable == BASE
 
@@ -91,7 +93,8 @@ def test_what_labels_contradict_is_reverted_in_the_middle_of_the_next_episode_to
 def test_observe_mode_reverts_nothing_by_itself() -> None:
     loop = Loop().heal()
     loop.command("mode", Mode.OBSERVE.value)
-    assert loop.step(decided=labels(0, 12)).state.stable == "d1"
+    assert loop.step(decided=labels(0, 12)).step().state.stable == "d1"
+    assert loop.records[-1].event == "contradicted"
     loop.command("mode", Mode.AUTO.value)
     assert loop.step().state.stable == BASE
 
@@ -122,12 +125,32 @@ def test_a_canary_widens_step_by_step_before_everyone_follows() -> None:
     loop.step(after_s=10)
     assert loop.state.cohort == ("r0", "r1")
     loop.step()  # ack
+    assert loop.step(after_s=10).state.cohort == ("r0", "r1"), "what r0 served before counts no more"
     serving(loop, 32)
     assert loop.step(after_s=10).state.cohort == ("r0", "r1", "r2", "r3")
     loop.step()
     serving(loop, 16)
     assert loop.step(after_s=10).state.phase is Phase.ROLLING
     assert [r.event for r in loop.records].count("canary_widened") == 2
+
+
+def test_a_busy_first_canary_does_not_pay_for_the_next_step() -> None:
+    loop = Loop(num_replicas=8).to(Phase.CANARY).step()
+    serving(loop, 5000)
+    loop.step().step()
+    assert (loop.state.phase, loop.state.cohort) == (Phase.CANARY, ("r0", "r1"))
+    serving(loop, 32)
+    assert loop.state.phase is Phase.ROLLING
+
+
+def test_a_canary_of_an_older_release_is_taken_back() -> None:
+    loop = Loop().to(Phase.CANARY)
+    values = loop.state.to_dict()
+    values["episode"]["canary_tag"] = "r0"
+    del values["episode"]["canaries"], values["test"]
+    loop.state = State.from_dict(values)
+    closed_as(loop.step(), Verdict.ABORTED, "the journal is of a release")
+    restored(loop)
 
 
 def test_any_canary_in_trouble_takes_back_all() -> None:

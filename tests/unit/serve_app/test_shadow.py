@@ -39,16 +39,40 @@ def base_classes(x: np.ndarray) -> np.ndarray:
         return np.asarray(build()(torch.from_numpy(x)).argmax(dim=1).numpy())
 
 
-def test_every_instance_that_the_two_answer_differently_is_reported_with_both_answers(canary: Any) -> None:
+def test_one_instance_of_a_request_that_the_two_answer_differently_is_reported_with_both_answers(canary: Any) -> None:
     model, memory, digest = canary
     x = images(40, seed=5)
-    answer = model.infer(x)
+    answers = [model.infer(x[:20]), model.infer(x[20:])]
     memory.wait(lambda report: report.compared >= 40)
-    memory.wait(lambda report: report.disagreements)
-    own_N, base_N = answer.logits.argmax(axis=1), base_classes(x)
-    rows = np.flatnonzero(own_N != base_N)
-    assert len(rows) > 0
-    assert found(memory) == [Disagreement(answer.ids[i], digest, 1, BASE, int(base_N[i])) for i in rows]
+    base_N = base_classes(x)
+    pairs = found(memory)
+    assert len(pairs) == 2, "rows of one request are no bets of their own"
+    for start, pair in zip((0, 20), sorted(pairs, key=lambda p: p.instance_id not in answers[0].ids), strict=True):
+        row = int(pair.instance_id.rpartition("/")[2])
+        assert pair == Disagreement(answers[start > 0].ids[row], digest, 1, BASE, int(base_N[start + row]))
+
+
+def test_what_the_caller_does_to_its_array_afterwards_changes_no_comparison(canary: Any) -> None:
+    model, memory, _ = canary
+    alike = make_adapter(model.storage, model.config.base, int(base_classes(images(1))[0]))
+    memory.target = Target(2, alike, (BASE, alike), "canary", KEY, BASE, 1.0)
+    memory.wait(lambda report: report.generation == 2)
+    shadow, seen = model._shadow, []
+    inner = shadow._runner.run
+
+    class Spy:
+        def run(self, module: Any, asks: Any) -> Any:
+            seen.extend(np.array(ask.inputs) for ask in asks)
+            return inner(module, asks)
+
+    shadow._runner = Spy()
+    x = images(8)
+    before = x.copy()
+    with shadow._changed:  # it cannot start before the array is overwritten
+        model.infer(x)
+        x[:] = 0
+    memory.wait(lambda report: report.compared > 0)
+    np.testing.assert_array_equal(seen[0], before)
 
 
 def test_what_both_answer_alike_is_counted_and_not_reported(canary: Any) -> None:
