@@ -106,12 +106,16 @@ def traffic_purge(
     if not dry_run and (found["instances"] or found["labels"]):
         # Not the ids: who asks to be forgotten must not be remembered here.
         rule = {"older_than_days": older_than, "all": everything, "ids": len(instance or ())}
-        write_note(place, "traffic purge", why, rule | {k: found[k] for k in ("instances", "labels")})
+        write_note(place, "traffic purge", why, rule | {k: found[k] for k in ("instances", "labels", "adapters")})
     if as_json:
         show_json(found | {"dry_run": dry_run})
     else:
         verb = "would be" if dry_run else "were"
         out.print(f"{found['instances']} instances and {found['labels']} labels {verb} removed")
+        for digest in found["adapters"]:
+            out.print(
+                f"adapter {digest} may have learned from them: `heal rollback`, then `heal adapters gc`, removes it"
+            )
         for name in found["unknown"]:
             out.print(f"no instance of {name}", markup=False, highlight=False)
     finish(1 if found["unknown"] else 0)
@@ -121,14 +125,23 @@ def purge(storage: Storage, before_s: float | None, ids: tuple[str, ...], dry_ru
     """Remove instances served before `before_s`, or those of the given ids, and their labels.
 
     Returns:
-        `instances` and `labels` removed, and `unknown`: ids that nothing was stored under.
+        `instances` and `labels` removed; `adapters`: digests whose buffer was read from a time and base of removed
+        instances, so that they may have learned from them; `unknown`: ids that nothing was stored under.
 
     Raises:
         StorageError: a file is no traffic file, or cannot be replaced.
     """
     seen: set[str] = set()
+    times: dict[str, list[np.ndarray]] = {}  # of removed instances, by base
+    base = ""
 
     def chosen(table: pa.Table) -> np.ndarray:
+        rows = picked(table)
+        if base:
+            times.setdefault(base, []).append(table["time_s"].to_numpy()[rows])
+        return rows
+
+    def picked(table: pa.Table) -> np.ndarray:
         if before_s is not None:
             return np.asarray(table["time_s"].to_numpy() < before_s)
         rows = np.zeros(len(table), dtype=bool)
@@ -144,13 +157,26 @@ def purge(storage: Storage, before_s: float | None, ids: tuple[str, ...], dry_ru
     labels = instances = 0
     for key in storage.list("traffic/"):
         if key.endswith(".parquet"):
+            base = key.split("/")[1].removeprefix("base=") if key.startswith("traffic/base=") else ""
             count = _rewrite(storage, key, chosen, dry_run)
             if key.startswith("traffic/labels/"):
                 labels += count
             else:
                 instances += count
     unknown = [name for name in ids if name not in seen]
-    return {"instances": instances, "labels": labels, "unknown": unknown}
+    adapters = _learned_from(storage, {name: np.concatenate(parts) for name, parts in times.items()})
+    return {"instances": instances, "labels": labels, "adapters": adapters, "unknown": unknown}
+
+
+def _learned_from(storage: Storage, times: dict[str, np.ndarray]) -> list[str]:
+    """Adapters of these bases whose buffer's window holds any of these times."""
+    found = []
+    for manifest in list_adapters(storage):
+        data, when_s = manifest.get("data", {}), times.get(str(manifest.get("base")), np.empty(0))
+        since_s, until_s = float(data.get("since_s", -np.inf)), float(data.get("until_s", np.inf))
+        if ((when_s >= since_s) & (when_s <= until_s)).any():
+            found.append(str(manifest["digest"]))
+    return found
 
 
 def _rewrite(storage: Storage, key: str, chosen: Callable[[pa.Table], np.ndarray], dry_run: bool) -> int:

@@ -126,6 +126,21 @@ def test_an_erasure_by_id_takes_the_instance_its_labels_and_nothing_else(
     assert "new" not in json.dumps(read_notes(storage)).replace("new~", "")  # who was forgotten is not remembered
 
 
+def test_an_erasure_names_the_adapters_that_may_have_learned_from_it(
+    place: tuple[Storage, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage, base = place
+    young, old = adapter(storage, base, 1, age_days=0), adapter(storage, base, 2, age_days=9)
+    other = adapter(storage, "0" * 64, 3, age_days=0)
+    purge = ["traffic", "purge", "--storage", storage.uri, *WHY]
+    told = answer(capsys, *purge, "--id", "new~0a/0", "--dry-run")[1]
+    assert (young in told["adapters"], old in told["adapters"], other in told["adapters"]) == (True, False, False)
+    assert answer(capsys, *purge, "--id", "new~0a/0")[1]["adapters"] == told["adapters"]
+    assert read_notes(storage)[-1]["body"]["adapters"] == told["adapters"]
+    assert run([*purge, "--id", "new~0a/1"]) == 0
+    assert "may have learned from them" in capsys.readouterr().out
+
+
 def test_traffic_past_its_time_goes_and_all_of_it_on_demand(
     place: tuple[Storage, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
