@@ -317,7 +317,7 @@ def _release(
     if decision.analysis is Analysis.ERROR:
         return close(state, observation, settings, Verdict.ERROR, decision.message)
     if decision.analysis is not Analysis.SUCCESSFUL:
-        return _take_runner_up(state, observation, decision) or _refuse(
+        return _go_on(state, observation, decision) or _refuse(
             state, observation, settings, f"gate {decision.analysis}: {decision.message}{_before(state)}"
         )
     if decision.provisional and settings.without_labels == "hold":
@@ -335,15 +335,38 @@ def _release(
     return entered or (state, ())
 
 
-def _take_runner_up(state: State, observation: Observation, decision: GateDecision) -> Outcome | None:
-    """The search's second choice goes to the gate where the first was measured and found bad; None without one."""
+def _go_on(state: State, observation: Observation, decision: GateDecision) -> Outcome | None:
+    """What is left to try where the gate measured the first choice and found it bad; None for nothing.
+
+    An adapter that fitted an earlier drift is followed by a search that trains, a trained one by the search's second
+    choice.
+    """
+    assert state.episode is not None
+    search = state.episode.search
+    if decision.analysis is not Analysis.FAILED or search is None:
+        return None
+    if search.recalled:
+        return _search_anew(state, observation, decision)
+    if search.runner_up in (None, state.candidate, state.stable):
+        return None
+    return _take_runner_up(state, observation, search, decision)
+
+
+def _search_anew(state: State, observation: Observation, decision: GateDecision) -> Outcome:
     episode = state.episode
     assert episode is not None
-    search = episode.search
-    if decision.analysis is not Analysis.FAILED or search is None or search.runner_up in (None, state.candidate):
-        return None
-    if search.runner_up == state.stable:
-        return None
+    changes = {"search": None, "evidence": None, "gate": None, "winner": None, "winner_trial": None}
+    why = f"{str(state.candidate)[:12]}, seen before: {decision.message}"
+    state = replace(state, candidate=None)
+    state = update_episode(
+        state, attempt=episode.attempt + 1, recall=False, passed_over=why, provisional=False, **changes
+    )
+    return enter(state, observation, Phase.SEARCHING, passed_over=why)
+
+
+def _take_runner_up(state: State, observation: Observation, search: SearchStatus, decision: GateDecision) -> Outcome:
+    episode = state.episode
+    assert episode is not None
     first, second = str(state.candidate), str(search.runner_up)
     trial = next((t for t in search.trials if t.trial_id == search.runner_up_trial), None)
     state = update_episode(

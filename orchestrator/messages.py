@@ -255,6 +255,7 @@ class SearchRequest:
     num_trials: int
     epochs: int
     trial_device: str  # auto, cpu, cuda
+    recall: bool = True  # an earlier adapter that fits is the winner, and nothing is trained
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,7 @@ class SearchStatus:
     winner_trial: str | None = None
     runner_up: str | None = None  # digest; judged where the gate refuses the winner
     runner_up_trial: str | None = None
+    recalled: bool = False  # the winner is an earlier adapter, and nothing was trained
     cold_start_s: float = 0.0
     search_s: float = 0.0
     train_s: float = 0.0

@@ -68,6 +68,7 @@ class Episode:
     until_s: float = 0.0  # ... to here
     seed: int = 0
     attempt: int = 1  # of the search
+    recall: bool = True  # whether an earlier adapter may be its outcome
     search: SearchStatus | None = None  # as it stood when it ended
     evidence: GateEvidence | None = None
     gate: GateDecision | None = None

@@ -67,6 +67,7 @@ def search_request(state: State, observation: Observation, settings: HealSetting
         num_trials=settings.num_trials,
         epochs=settings.trial_epochs,
         trial_device=settings.trial_device,
+        recall=episode.recall,
     )
 
 

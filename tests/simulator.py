@@ -63,7 +63,7 @@ FORWARD = {
     Phase.WATCHING: {Phase.DIAGNOSING},
     Phase.DIAGNOSING: {Phase.SEARCHING},
     Phase.SEARCHING: {Phase.GATING},
-    Phase.GATING: {Phase.AWAITING_APPROVAL, Phase.CANARY},
+    Phase.GATING: {Phase.AWAITING_APPROVAL, Phase.CANARY, Phase.SEARCHING},
     Phase.AWAITING_APPROVAL: {Phase.CANARY},
     Phase.CANARY: {Phase.ROLLING},
     Phase.ROLLING: {Phase.BAKING},
@@ -288,7 +288,7 @@ class World:
         match action:
             case LaunchSearch(request=request):
                 if request.episode not in self.searches:
-                    self.searches[request.episode] = self._search(request.episode)
+                    self.searches[request.episode] = self._search(request.episode, request.recall)
             case CancelSearch(episode=episode):
                 self.searches[episode] = (self.now_s, "cancelled", SearchStatus("failed", message="cancelled"))
             case MeasureCandidate(digest=digest):
@@ -307,11 +307,14 @@ class World:
             case ResetMonitor():
                 self.alarm = None
 
-    def _search(self, identity: str) -> tuple[float, str, SearchStatus]:
+    def _search(self, identity: str, recall: bool) -> tuple[float, str, SearchStatus]:
         if self.fault("search hangs", 0.03):
             return self.now_s + 10_000, "hung", SearchStatus("running")
         outcome = self.rng.random()
-        if outcome < 0.1:
+        if recall and self.rng.random() < 0.2:
+            known = f"digest-{identity}-known"
+            status = SearchStatus("finished", winner=known, winner_trial="recalled", recalled=True)
+        elif outcome < 0.1:
             status = SearchStatus("failed", message="worker died")
         elif outcome < 0.2:
             status = SearchStatus("finished", message="nothing beats the base")

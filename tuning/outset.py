@@ -21,13 +21,14 @@ def settle(storage: Storage, bench: Workbench, keys: ServiceKeys | None) -> Sear
         keys: must have signed an earlier adapter; None: unsigned ones will do.
     """
     start, buffered = time.monotonic(), len(bench.buffer)
-    known = recall(storage, bench, keys.public_key if keys else None)
+    known = recall(storage, bench, keys.public_key if keys else None) if bench.request.recall else None
     if known is not None:
         return SearchStatus(
             state="finished",
             trials=(known.result,),
             winner=known.digest,
             winner_trial=known.result.trial_id,
+            recalled=True,
             search_s=time.monotonic() - start,
             buffered=buffered,
             message=f"seen before: adapter {known.digest[:12]} scores {known.result.score:.3f}",

@@ -325,6 +325,20 @@ def test_where_both_are_refused_the_reason_names_both() -> None:
     closed_as(loop, Verdict.REFUSED, "gate failed: clean loss", "before it d1: clean loss")
 
 
+def test_an_earlier_adapter_that_the_gate_refuses_is_followed_by_a_search_that_trains() -> None:
+    loop = Loop().to(Phase.SEARCHING)
+    known = replace(FOUND, recalled=True)
+    loop.step(search=known).step(search=known, gate=BAD)
+    assert (loop.state.phase, search_id(loop.state), loop.state.candidate) == (Phase.SEARCHING, "e0001-2", None)
+    loop.step()
+    request = next(a.request for a in loop.actions if isinstance(a, LaunchSearch))
+    assert (request.episode, request.recall) == ("e0001-2", False)
+    loop.step(search=replace(FOUND, winner="d9"))
+    assert (loop.state.phase, loop.state.candidate) == (Phase.GATING, "d9")
+    loop.step(gate=replace(BAD, candidate="d9"))
+    closed_as(loop, Verdict.REFUSED, "before it d1, seen before: clean loss")
+
+
 def test_a_winner_that_could_not_be_measured_is_no_reason_for_the_runner_up() -> None:
     loop = Loop().to(Phase.SEARCHING).step(search=SECOND)
     loop.step(search=SECOND, gate=replace(EVIDENCE, error="out of memory"))
