@@ -20,14 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from orchestrator import confirm, gate
+from orchestrator import confirm
 from orchestrator.commands import handle_commands
+from orchestrator.gating import await_approval, judge_candidate, refuse
 from orchestrator.messages import (
     BASE,
-    Analysis,
     Diagnosis,
-    GateDecision,
-    GateEvidence,
     Kind,
     Mode,
     Phase,
@@ -40,7 +38,6 @@ from orchestrator.state import (
     NO_SEARCH,
     Action,
     LaunchSearch,
-    MeasureCandidate,
     Observation,
     PublishStable,
     Record,
@@ -52,7 +49,6 @@ from orchestrator.transitions import (
     abort,
     close,
     enter,
-    enter_canary,
     news,
     next_generation,
     open_episode,
@@ -197,7 +193,7 @@ def _diagnosing(state: State, observation: Observation, settings: HealSettings) 
     diagnosis = observation.diagnosis or episode.diagnosis
     if diagnosis is None:
         if observation.traffic_ended:
-            return _refuse(state, observation, settings, _too_little(observation, "diagnosis", settings))
+            return refuse(state, observation, settings, _too_little(observation, "diagnosis", settings))
         if observation.now_s - episode.phase_s > DIAGNOSIS_TIMEOUT_S:
             reason = f"no diagnosis in {DIAGNOSIS_TIMEOUT_S:.0f} s: {_too_little(observation, 'diagnosis', settings)}"
             return close(state, observation, settings, Verdict.ERROR, reason)
@@ -227,7 +223,7 @@ def _answer(state: State, observation: Observation, settings: HealSettings, diag
         state = update_episode(state, until_s=observation.now_s, diagnosis=diagnosis)
         return enter(state, observation, Phase.SEARCHING, kind=diagnosis.kind.value, buffered=observation.buffered)
     if observation.traffic_ended or waited_s > DIAGNOSIS_TIMEOUT_S:
-        return _refuse(state, observation, settings, _too_little(observation, "search", settings))
+        return refuse(state, observation, settings, _too_little(observation, "search", settings))
     return state, ()
 
 
@@ -259,9 +255,9 @@ def _take_winner(state: State, observation: Observation, settings: HealSettings)
     trial = next((t for t in search.trials if t.trial_id == search.winner_trial), None)
     state = update_episode(state, search=search, winner=search.winner, winner_trial=trial)
     if search.winner in (None, BASE):
-        return _refuse(state, observation, settings, search.message or "no trial beats the base")
+        return refuse(state, observation, settings, search.message or "no trial beats the base")
     if search.winner == state.stable:
-        return _refuse(state, observation, settings, f"the search found what is served already: {state.stable}")
+        return refuse(state, observation, settings, f"the search found what is served already: {state.stable}")
     return enter(replace(state, candidate=search.winner), observation, Phase.GATING, candidate=search.winner)
 
 
@@ -276,135 +272,12 @@ def _retry(state: State, observation: Observation, settings: HealSettings) -> Ou
     return update_episode(state, attempt=episode.attempt + 1), (Record("search_retried", body),)
 
 
-def _gating(state: State, observation: Observation, settings: HealSettings) -> Outcome:
-    episode, evidence = state.episode, observation.gate
-    assert episode is not None
-    assert state.candidate is not None
-    late = observation.now_s - episode.phase_s > settings.gate_timeout_s
-    if episode.gate is not None:
-        return _release(state, observation, settings, episode.gate, late)
-    if evidence is None or evidence.candidate != state.candidate:
-        if late:
-            reason = f"no gate evidence in {settings.gate_timeout_s:.0f} s"
-            return close(state, observation, settings, Verdict.ERROR, reason)
-        return state, (MeasureCandidate(search_request(state, observation, settings), state.candidate),)
-    return _judge(state, observation, settings, evidence, late)
-
-
-def _judge(
-    state: State, observation: Observation, settings: HealSettings, evidence: GateEvidence, late: bool
-) -> Outcome:
-    episode = state.episode
-    assert episode is not None
-    assert episode.diagnosis is not None
-    decision = gate.decide(evidence, episode.diagnosis.kind, settings)
-    state = update_episode(state, evidence=evidence, gate=decision, provisional=decision.provisional)
-    body = {
-        "episode": episode.id,
-        "candidate": state.candidate,
-        "analysis": decision.analysis.value,
-        "message": decision.message,
-        "provisional": decision.provisional,
-    }
-    state, actions = _release(state, observation, settings, decision, late)
-    return state, (Record("gated", body), *actions)
-
-
-def _release(
-    state: State, observation: Observation, settings: HealSettings, decision: GateDecision, late: bool
-) -> Outcome:
-    """From a gate's decision to the canary, to a person, or to a verdict."""
-    if decision.analysis is Analysis.ERROR:
-        return close(state, observation, settings, Verdict.ERROR, decision.message)
-    if decision.analysis is not Analysis.SUCCESSFUL:
-        return _go_on(state, observation, decision) or _refuse(
-            state, observation, settings, f"gate {decision.analysis}: {decision.message}{_before(state)}"
-        )
-    if decision.provisional and settings.without_labels == "hold":
-        return _refuse(state, observation, settings, f"held: labels needed ({decision.message})")
-    if state.mode is Mode.OBSERVE:
-        reason = f"observe mode: would have rolled out {state.candidate} ({decision.message})"
-        return close(state, observation, settings, Verdict.NO_ACTION, reason)
-    if state.mode is Mode.APPROVE:
-        state = update_episode(state, verdict=Verdict.AWAITING_APPROVAL, reason=decision.message)
-        return enter(state, observation, Phase.AWAITING_APPROVAL, candidate=state.candidate)
-    entered = enter_canary(state, observation, settings)
-    if entered is None and late:
-        reason = f"no live replica to serve the canary in {settings.gate_timeout_s:.0f} s"
-        return close(state, observation, settings, Verdict.ERROR, reason)
-    return entered or (state, ())
-
-
-def _go_on(state: State, observation: Observation, decision: GateDecision) -> Outcome | None:
-    """What is left to try where the gate measured the first choice and found it bad; None for nothing.
-
-    An adapter that fitted an earlier drift is followed by a search that trains, a trained one by the search's second
-    choice.
-    """
-    assert state.episode is not None
-    search = state.episode.search
-    if decision.analysis is not Analysis.FAILED or search is None:
-        return None
-    if search.recalled:
-        return _search_anew(state, observation, decision)
-    if search.runner_up in (None, state.candidate, state.stable):
-        return None
-    return _take_runner_up(state, observation, search, decision)
-
-
-def _search_anew(state: State, observation: Observation, decision: GateDecision) -> Outcome:
-    episode = state.episode
-    assert episode is not None
-    changes = {"search": None, "evidence": None, "gate": None, "winner": None, "winner_trial": None}
-    why = f"{str(state.candidate)[:12]}, seen before: {decision.message}"
-    state = replace(state, candidate=None)
-    state = update_episode(
-        state, attempt=episode.attempt + 1, recall=False, passed_over=why, provisional=False, **changes
-    )
-    return enter(state, observation, Phase.SEARCHING, passed_over=why)
-
-
-def _take_runner_up(state: State, observation: Observation, search: SearchStatus, decision: GateDecision) -> Outcome:
-    episode = state.episode
-    assert episode is not None
-    first, second = str(state.candidate), str(search.runner_up)
-    trial = next((t for t in search.trials if t.trial_id == search.runner_up_trial), None)
-    state = update_episode(
-        replace(state, candidate=second),
-        winner=second,
-        winner_trial=trial,
-        evidence=None,
-        gate=None,
-        provisional=False,
-        phase_s=observation.now_s,
-        passed_over=f"{first[:12]}: {decision.message}",
-    )
-    body = {"episode": episode.id, "passed_over": first, "candidate": second, "message": decision.message}
-    return state, (Record("runner_up_taken", body),)
-
-
-def _before(state: State) -> str:
-    assert state.episode is not None
-    return f"; before it {state.episode.passed_over}" if state.episode.passed_over else ""
-
-
-def _awaiting_approval(state: State, observation: Observation, settings: HealSettings) -> Outcome:
-    assert state.episode is not None
-    if observation.now_s - state.episode.phase_s > settings.approval_timeout_s:
-        return _refuse(state, observation, settings, f"nobody approved in {settings.approval_timeout_s:.0f} s")
-    return state, ()
-
-
-def _refuse(state: State, observation: Observation, settings: HealSettings, reason: str) -> Outcome:
-    return close(state, observation, settings, Verdict.REFUSED, reason)
-
-
 PHASES: dict[Phase, Callable[[State, Observation, HealSettings], Outcome]] = {
     Phase.WATCHING: _watching,
     Phase.DIAGNOSING: _diagnosing,
     Phase.SEARCHING: _searching,
-    Phase.GATING: _gating,
-    Phase.AWAITING_APPROVAL: _awaiting_approval,
+    Phase.GATING: judge_candidate,
+    Phase.AWAITING_APPROVAL: await_approval,
     Phase.CANARY: watch_canary,
     Phase.ROLLING: await_acks,
     Phase.BAKING: bake,

@@ -47,11 +47,11 @@ def test_one_seed_can_be_replayed_and_plays_the_same_world() -> None:
 @pytest.mark.parametrize("rule", ["accept_older", "skip_replay", "skip_gate"])
 def test_a_world_that_breaks_a_rule_is_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if rule == "skip_gate":
-        from orchestrator import healing
+        from orchestrator import gate
         from orchestrator.messages import Analysis, GateDecision
 
         blind = GateDecision(Analysis.SUCCESSFUL, "not looked at", provisional=True)
-        monkeypatch.setattr(healing.gate, "decide", lambda *_: blind)
+        monkeypatch.setattr(gate, "decide", lambda *_: blind)
         # The world judges by the real gate.
         monkeypatch.setattr("simulator.gate", RealGate())
     caught = 0
