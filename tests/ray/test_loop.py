@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import ray
 from conftest import Service, Traffic, wait_for
+from desk import Desk
 
 from orchestrator.actor import actor_name
 from orchestrator.settings import NAMESPACE
@@ -31,7 +33,8 @@ def _healed(service: Service) -> bool:
 def test_orchestrator_killed_while_trials_run_and_the_service_heals_all_the_same(
     start_service: Callable[..., Service], traffic: Callable[[Service], Traffic]
 ) -> None:
-    service = start_service("killed")
+    desk = Desk()
+    service = start_service("killed", notify=desk.url)
     stream = traffic(service)
     _drift_until_searching(service, stream)
     handle = ray.get_actor(actor_name("killed"), NAMESPACE)
@@ -45,6 +48,15 @@ def test_orchestrator_killed_while_trials_run_and_the_service_heals_all_the_same
     stream.drift = False
     wait_for(lambda: service.state()["stable"] == "base", 120, "the base to come back with the old world")
     assert stream.failures == []
+
+    restored = "the traffic looks like the reference again: base restored"
+    desk.wait(lambda: any(restored in body.decode() for _, body in desk.taken))
+    told = [json.loads(body) for _, body in desk.taken]
+    healed = "io.rayheal.episode.healed"
+    assert (told[0]["type"], told[0]["subject"], told[-1]["type"]) == (healed, "e0001", healed)
+    numbers = [int(headers["webhook-id"].rpartition("/")[2]) for headers, _ in desk.taken]
+    assert numbers == sorted(set(numbers)), "in order, and each once, though the orchestrator was killed"
+    desk.close()
 
 
 def test_orchestrator_removed_for_good_is_made_again_by_the_replicas(

@@ -8,11 +8,11 @@ import hmac
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from desk import Desk
 
 from orchestrator.calls import Receiver, call_for, parse_receivers, sign
 from orchestrator.cli.main import run
@@ -32,55 +32,11 @@ def entry(seq: int, event: str, **body: Any) -> dict[str, Any]:
 BAD = ["https://u:s3cret@x/", "https://x:port/", "https://x/a b", "https://[bad/", "https://x/\u00e9"]
 
 
-class Desk(ThreadingHTTPServer):
-    """A receiver: keeps what it takes, answers with `status`."""
-
-    def __init__(self) -> None:
-        self.status = 204
-        self.taken: list[tuple[dict[str, str], bytes]] = []
-        self.asked = 0
-        self.changed = threading.Condition()
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/hook"
-
-    def wait(self, condition: Any) -> None:
-        with self.changed:
-            assert self.changed.wait_for(condition, 20.0), (self.asked, self.taken)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Desk
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.server.changed:  # before the answer: who has it may look here
-            status = self.server.status
-            self.server.asked += 1
-            if 200 <= status < 300:
-                self.server.taken.append(({k.lower(): v for k, v in self.headers.items()}, body))
-            self.server.changed.notify_all()
-        if status == 0:
-            self.wfile.write(b"garbage\r\n\r\n")
-            return
-        self.send_response(status)
-        if 300 <= status < 400:
-            self.send_header("Location", "/elsewhere")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        """Tests are quiet."""
-
-
 @pytest.fixture
 def desk() -> Iterator[Desk]:
     made = Desk()
     yield made
-    made.shutdown()
-    made.server_close()
+    made.close()
 
 
 def test_a_refusal_says_why_and_what_to_do() -> None:
