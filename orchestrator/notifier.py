@@ -89,7 +89,7 @@ class Notifier:
         pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self.problem = ""  # why messages wait; empty when none does
-        self.sent = self.refused = 0
+        self.refused = 0
         self.name = receiver.name
         self._service, self._receiver, self._secret = service, receiver, secret
         self._storage, self._events, self._first_pause_s = storage, events, pause_s
@@ -147,7 +147,6 @@ class Notifier:
                 if not send(self._receiver, self._secret, call):
                     log.error("%s will never take message %s; it is dropped", self._receiver.name, call.id)
                     self.refused += 1
-                self.sent += 1
                 self._write_cursor(entry["seq"])
             if self._stopping.is_set():
                 return False

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ def entry(seq: int, event: str, **body: Any) -> dict[str, Any]:
 
 
 BAD = ["https://u:s3cret@x/", "https://x:port/", "https://x/a b", "https://[bad/", "https://x/\u00e9"]
+
+
+def journal(entries: list[dict[str, Any]]) -> Callable[[int], list[dict[str, Any]]]:
+    """Entries with a higher number, of a list that may grow."""
+    return lambda after: [e for e in entries if e["seq"] > after]
 
 
 @pytest.fixture
@@ -99,8 +104,7 @@ def test_the_signature_is_what_the_standard_webhooks_libraries_check() -> None:
 def test_messages_are_signed_in_order_and_each_is_delivered_once(desk: Desk, tmp_path: Path) -> None:
     entries = [entry(0, "started")]
     storage, receiver = open_storage(tmp_path), Receiver(desk.url)
-    events = lambda after: [e for e in entries if e["seq"] > after]  # noqa: E731
-    notifier = Notifier("digits", receiver, SECRET, storage, events)
+    notifier = Notifier("digits", receiver, SECRET, storage, journal(entries))
     while not storage.list("notify/"):
         threading.Event().wait(0.01)  # the cursor is set: what comes from here on is sent
     entries += [entry(1, "episode_closed", **CLOSED), entry(2, "state")]
@@ -112,7 +116,7 @@ def test_messages_are_signed_in_order_and_each_is_delivered_once(desk: Desk, tmp
         stamp = int(headers["webhook-timestamp"])
         assert headers["webhook-signature"] == sign(SECRET, headers["webhook-id"], stamp, body)
         assert headers["content-type"] == "application/cloudevents+json"
-    again = Notifier("digits", receiver, SECRET, storage, events)
+    again = Notifier("digits", receiver, SECRET, storage, journal(entries))
     entries.append(entry(4, "reverted", digest="base", previous="d1", reason="labels"))
     again.wake()
     desk.wait(lambda: len(desk.taken) == 3)
@@ -125,15 +129,14 @@ def test_a_receiver_that_is_down_for_a_while_loses_nothing(desk: Desk, tmp_path:
     storage = open_storage(tmp_path)
     storage.put(f"notify/{Receiver(desk.url).name}.json", b'{"after": -1}')
     desk.status = 503
-    events = lambda after: [e for e in entries if e["seq"] > after]  # noqa: E731
-    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, events, pause_s=0.01)
+    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, journal(entries), pause_s=0.01)
     entries += [entry(n, "episode_closed", **CLOSED) for n in range(5)]
     notifier.wake()
     desk.wait(lambda: desk.asked >= 3)
     assert "503" in notifier.problem
     notifier.close()  # the orchestrator dies while messages wait
     desk.status = 204
-    after = Notifier("digits", Receiver(desk.url), SECRET, storage, events, pause_s=0.01)
+    after = Notifier("digits", Receiver(desk.url), SECRET, storage, journal(entries), pause_s=0.01)
     desk.wait(lambda: len(desk.taken) == 5)
     after.close()
     assert [headers["webhook-id"] for headers, _ in desk.taken] == [f"digits/{n}" for n in range(5)]
@@ -151,7 +154,7 @@ def test_an_answer_that_is_none_a_redirect_or_an_error_keeps_the_message(
         Receiver(desk.url),
         SECRET,
         storage,
-        lambda after: [e for e in [entry(0, "episode_closed", **CLOSED)] if e["seq"] > after],
+        journal([entry(0, "episode_closed", **CLOSED)]),
         pause_s=0.01,
     )
     desk.wait(lambda: desk.asked >= 2)
@@ -165,8 +168,7 @@ def test_a_broken_cursor_is_said_and_ends_nothing(desk: Desk, tmp_path: Path) ->
     storage, key = open_storage(tmp_path), f"notify/{Receiver(desk.url).name}.json"
     storage.put(key, b"")
     entries = [entry(0, "episode_closed", **CLOSED)]
-    events = lambda after: [e for e in entries if e["seq"] > after]  # noqa: E731
-    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, events, pause_s=0.01)
+    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, journal(entries), pause_s=0.01)
     for _ in range(1000):
         if notifier.trouble:
             break
@@ -188,8 +190,7 @@ def test_a_message_that_is_never_taken_does_not_hold_up_the_next(desk: Desk, tmp
     storage = open_storage(tmp_path)
     storage.put(f"notify/{Receiver(desk.url).name}.json", b'{"after": -1}')
     desk.status = 410
-    events = lambda after: [e for e in entries if e["seq"] > after]  # noqa: E731
-    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, events, pause_s=0.01)
+    notifier = Notifier("digits", Receiver(desk.url), SECRET, storage, journal(entries), pause_s=0.01)
     desk.wait(lambda: desk.asked == 1)
     desk.status = 204
     entries.append(entry(1, "reverted", digest="base", previous="d1", reason="labels"))
