@@ -118,6 +118,8 @@ class Notifier:
         pause_s = self._first_pause_s
         while not self._stopping.is_set():
             self._news.clear()
+            if self._stopping.is_set():  # between the two lines: the word to stop was cleared with the news
+                return
             try:
                 self._deliver()
             except Exception as error:  # whatever breaks here must not end the thread, and must be seen
