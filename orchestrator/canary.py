@@ -21,7 +21,6 @@ from functools import lru_cache
 
 MAX_DECIDED = 5_000  # labelled disagreements that are counted; two versions that differ are told apart long before
 HARM_ALPHA = 0.05  # chance that a version no worse than the old one is taken back by labels: that costs a heal, no harm
-_BUDGET = math.pi**2 / 6.0  # sum of 1 / t^2 over all t
 
 
 class Bet(StrEnum):
@@ -112,8 +111,3 @@ def level(alpha: float, number: int, earlier_gains: int) -> float:
     Source: Xu & Ramdas 2024, Online multiple testing with e-values (e-LOND).
     """
     return alpha * (1 + earlier_gains) / number**2
-
-
-def life_long(alpha: float) -> float:
-    """Bound on the false discovery rate over a service's life, see `level`."""
-    return alpha * _BUDGET

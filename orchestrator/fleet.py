@@ -29,6 +29,7 @@ class _Row:
     dropped: int
     versions: tuple[str, ...]
     requests: int
+    compared: int  # instances that two versions answered
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Fleet:
             base=report.base,
         )
         self._rows[report.replica_tag] = _Row(
-            view, report.sequence, lost, report.dropped, report.versions, report.requests
+            view, report.sequence, lost, report.dropped, report.versions, report.requests, report.compared
         )
         return True
 
@@ -154,6 +155,7 @@ class Fleet:
                 "instances": row.view.instances,
                 "errors": row.view.errors,
                 "dropped": row.dropped,
+                "compared": row.compared,
                 "lost_reports": row.lost,
                 "failure": row.view.failure,
             }
